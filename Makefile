@@ -1,0 +1,33 @@
+# Two commands do everything: `make train` and `make test`. Each creates .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: train test lint ext bench clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3,10) <= sys.version_info[:2] <= (3,13) else "autotool_fast needs Python 3.10-3.13; run make PYTHON=/path/to/python3")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "torch>=2.11,<2.14"
+	$(PY) -m pip install --quiet -e ".[test,bench]"
+	touch $@
+
+train: $(VENV)/.installed
+	$(PY) -m autotool_fast.train $(ARGS)
+
+test: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check . $(ARGS)
+
+ext: $(VENV)/.installed
+	$(PY) csrc/build.py $(ARGS)
+
+bench: $(VENV)/.installed
+	$(PY) -m benchmarks.run_all $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,27 @@
+"""Errors a user can fix.
+
+`UserError` carries what went wrong, where, and the remedy; the command line prints it as one line without a
+traceback and exits with code 2. Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A problem the user can fix.
+
+    Args:
+        what: what is wrong, one clause.
+        where: the option, file or field it concerns.
+        remedy: what to do about it, one clause.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{line}; {self.remedy}" if self.remedy else line
