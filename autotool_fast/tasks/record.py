@@ -1,0 +1,53 @@
+"""The task record: one problem, whatever it came from.
+
+A `Task` is plain data (it can be written as JSON); `Task.episode()` gives a fresh, stateful episode that executes the
+reply's calls and judges the end. Sources of tasks live beside this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from autotool_fast.chat import ParsedReply
+
+
+class Episode(Protocol):
+    """One attempt at a task."""
+
+    def step(self, reply: ParsedReply) -> list[dict] | None:
+        """Execute a well-formed reply. Returns the messages to append, or None when the episode is over."""
+
+    def score(self) -> bool:
+        """Whether the task is solved."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem.
+
+    Attributes:
+        id: unique and stable.
+        family: kind of problem.
+        difficulty: number of serial steps a solution needs; 0 means it can be read off the prompt.
+        tools: JSON-schema descriptions, in the order shown to the model.
+        messages: the first messages, user messages mostly.
+        spec: what the source needs to rebuild and judge the problem.
+        split: "train" or "test".
+        start: makes a fresh episode.
+    """
+
+    id: str
+    family: str
+    difficulty: int
+    tools: tuple[dict, ...]
+    messages: tuple[dict, ...]
+    spec: dict[str, Any]
+    split: str
+    start: Callable[[Task], Episode] = field(repr=False, compare=False)
+
+    def episode(self) -> Episode:
+        """A fresh attempt."""
+        return self.start(self)
