@@ -1,0 +1,133 @@
+"""Command line and presets: `--rl.lr 3e-4 --arm none --preset smoke` -> `TrainConfig`.
+
+tyro reads the values and prints the help text. Before it runs, names and values are checked here, so that a
+typing error is one line naming the nearest option. Lists may be separated by commas or blanks. Nothing heavy
+is imported: the help text and every message appear at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autotool_fast import schema
+from autotool_fast.config import TrainConfig, from_dict
+from autotool_fast.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+PROGRAM = "python -m autotool_fast.train"
+
+
+def parse(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Settings from `argv` (default: the process's); see `config.parse_args`."""
+    import tyro
+
+    options = _read_options(list(sys.argv[1:] if argv is None else argv))
+    preset = next((values[0] for name, values in reversed(options) if name == "--preset"), "mini")
+    arguments = [token for name, values in options for token in (name, *values)]
+    return tyro.cli(TrainConfig, args=arguments, default=load_preset(preset), prog=PROGRAM)
+
+
+def load_preset(name: str) -> TrainConfig:
+    """The settings of a preset: a name in `presets/`, or the path of a .toml file.
+
+    Raises:
+        UserError: no such preset, invalid TOML, an unknown key or a bad value.
+    """
+    path = Path(name) if name.endswith(".toml") or "/" in name else PRESETS / f"{name}.toml"
+    if path.parent == PRESETS and not path.is_file():
+        names = sorted(p.stem for p in PRESETS.glob("*.toml"))
+        guess = difflib.get_close_matches(name, names, n=1)
+        choices = (
+            f"did you mean '{guess[0]}'?" if guess else f"use one of {', '.join(names)}, or a .toml file"
+        )
+        raise UserError(f"no preset '{name}'", where="--preset", remedy=choices)
+    values = _read_toml(path)
+    if "preset" in values:
+        raise UserError("a preset cannot name another", where=str(path), remedy="remove the key 'preset'")
+    try:
+        return from_dict({**values, "preset": name}, source=str(path))
+    except UserError as error:
+        if error.where == str(path):
+            raise
+        raise UserError(f"{error.where}: {error.what}", where=str(path), remedy=error.remedy) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problem, remedy = f"cannot be read ({error.strerror})", "check --preset"
+        raise UserError(problem, where=str(path), remedy=remedy) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"is not valid TOML: {error}", where=str(path)) from None
+
+
+def _read_options(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Split `argv` into (option, its values), with every name and value checked and comma lists split.
+
+    Raises:
+        UserError: an unknown option, a value that does not fit, a value too many or too few.
+    """
+    known = _known_options()
+    options: list[tuple[str, list[str]]] = []
+    for token in argv:
+        if token.startswith("-") and not _is_number(token):
+            spelling, equals, value = token.partition("=")
+            name = "--help" if spelling == "-h" else spelling.replace("_", "-")
+            if name not in known:
+                guess = schema.nearest(name.lstrip("-"), [n.lstrip("-") for n in known])
+                remedy = f"did you mean --{guess}?" if guess else "see --help"
+                raise UserError(f"unknown option {spelling}", remedy=remedy)
+            options.append((name, []))
+            token = value if equals else None
+        if token is None:
+            continue
+        if not options:
+            raise UserError(f"unexpected argument '{token}'", remedy="options start with --; see --help")
+        name, values = options[-1]
+        _take_value(name, values, token, known[name])
+    for name, values in options:
+        if known[name] is not bool and not values:
+            raise UserError("needs a value", where=name)
+    return options
+
+
+def _take_value(name: str, values: list[str], token: str, hint: Any) -> None:
+    """Append `token` to an option's `values`, if the option (of type `hint`) can take it."""
+    is_list = typing.get_origin(hint) is tuple
+    if hint is bool:
+        raise UserError(f"unexpected argument '{token}'", remedy=f"{name} is a switch and takes no value")
+    if values and not is_list:
+        raise UserError(f"unexpected argument '{token}'", remedy=f"{name} takes one value")
+    items = [item for item in token.split(",") if item] if is_list else [token]
+    for item in items:
+        schema.check_text(item, hint, name)
+    values += items
+
+
+def _known_options() -> dict[str, Any]:
+    """Every option -> its type; a switch also has its `no-` form, spelled as tyro does."""
+    known: dict[str, Any] = {"--help": bool}
+    for path, hint in schema.leaf_paths(TrainConfig).items():
+        parent, dot, leaf = path.replace("_", "-").rpartition(".")
+        known[f"--{parent}{dot}{leaf}"] = hint
+        if hint is bool:
+            known[f"--{parent}{dot}no-{leaf}"] = hint
+    return known
+
+
+def _is_number(token: str) -> bool:
+    try:
+        float(token)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,364 @@
+"""Every setting of a training run, as frozen dataclasses.
+
+Guarantees: a `TrainConfig` that exists is valid (types, ranges and combinations are checked on construction,
+as `UserError` with the dotted name of the setting), and importing this module loads neither torch nor
+transformers nor numpy. Presets and the command line are in `cli.py`, the plan of `--dry-run` in `plan.py`.
+
+To add a setting, add its line and the docstring under it: the command line, the presets, the help text, the
+bounds check and config.json follow from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from autotool_fast import schema
+from autotool_fast.schema import Section, number
+
+Stage = Literal["base", "label", "warmup", "distill", "refine", "rl", "eval"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Arm = Literal["none", "fixed", "adaptive", "decoupled-fixed", "decoupled"]
+Start = Literal["cold", "noisy", "clean"]
+Family = Literal["set", "hop", "reg", "cups", "parallel", "irrelevant", "read", "missing"]
+LabelRule = Literal["any", "threshold"]
+
+
+@dataclass(frozen=True)
+class WorldConfig(Section):
+    """The embedded tool world: which tasks are drawn and how hard they are."""
+
+    section: ClassVar[str] = "world"
+
+    families: tuple[Family, ...] = ("set", "hop", "reg", "irrelevant")
+    """Task families to draw from."""
+    max_difficulty: int = number(6, low=0)
+    """Largest difficulty k drawn."""
+    easy_max: int = number(1, low=0)
+    """Tasks with k up to this count as easy."""
+    hard_min: int = number(4, low=1)
+    """Tasks with k from this on count as hard."""
+    easy_share: float = number(0.6, low=0.0, high=1.0)
+    """Share of easy tasks among label, refinement and RL prompts."""
+
+    def validate(self) -> None:
+        self.require(bool(self.families), "families", "must name at least one family")
+        self.require(len(set(self.families)) == len(self.families), "families", "names a family twice")
+        self.require(self.easy_max < self.hard_min, "easy_max", "must be less than world.hard_min")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The embedded model: a Qwen3 decoder trained from scratch, embeddings tied."""
+
+    section: ClassVar[str] = "model"
+
+    layers: int = number(2, low=1)
+    """Decoder layers."""
+    hidden: int = number(64, low=8)
+    """Hidden size."""
+    heads: int = number(4, low=1)
+    """Attention heads; the head size is hidden / heads."""
+    kv_heads: int = number(4, low=1)
+    """Key-value heads."""
+    intermediate: int = number(192, low=8)
+    """Width of the gated MLP."""
+    max_positions: int = number(512, low=16)
+    """Longest sequence, in tokens."""
+    rope_theta: float = number(10_000.0, above=0.0)
+    """Base of the rotary position frequencies."""
+
+    def validate(self) -> None:
+        self.require(self.hidden % self.heads == 0, "hidden", "must be a multiple of model.heads")
+        self.require(self.heads % self.kv_heads == 0, "heads", "must be a multiple of model.kv_heads")
+        self.require(self.hidden // self.heads % 2 == 0, "hidden", "must give each head an even size")
+
+    def parameters(self, vocab: int) -> int:
+        """Number of parameters of the Qwen3 model with `vocab` tokens and tied embeddings."""
+        head = self.hidden // self.heads
+        attention = 2 * self.hidden * head * (self.heads + self.kv_heads) + 2 * head
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return vocab * self.hidden + self.layers * layer + self.hidden
+
+
+@dataclass(frozen=True)
+class SftConfig(Section):
+    """Supervised training: AdamW, linear warm-up, cosine decay."""
+
+    steps: int = number(150, low=0)
+    """Optimizer steps."""
+    batch: int = number(96, low=1)
+    """Sequences per step."""
+    lr: float = number(1e-3, above=0.0)
+    """Peak learning rate."""
+    warmup_steps: int = number(10, low=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = number(0.01, low=0.0)
+    """Decoupled weight decay."""
+    grad_clip: float = number(1.0, above=0.0)
+    """Largest gradient norm."""
+
+    def validate(self) -> None:
+        if self.steps:
+            limit = f"must be less than {self.path('steps')}"
+            self.require(self.warmup_steps < self.steps, "warmup_steps", limit)
+
+
+@dataclass(frozen=True)
+class BaseConfig(SftConfig):
+    """Stage base: the tiny model learns both modes on every task, tags drawn 50/50."""
+
+    section: ClassVar[str] = "base"
+
+    steps: int = number(1400, low=0)
+    """Optimizer steps."""
+    lr: float = number(2e-3, above=0.0)
+    """Peak learning rate."""
+    warmup_steps: int = number(50, low=0)
+    """Steps of linear warm-up."""
+
+
+@dataclass(frozen=True)
+class LabelConfig(Section):
+    """Stage label: k forced no-think samples per prompt decide between the short and the long answer."""
+
+    section: ClassVar[str] = "label"
+
+    prompts: int = number(1200, low=1)
+    """Prompts to label."""
+    k: int = number(8, low=1)
+    """Samples per prompt."""
+    rule: Literal["start", "any", "threshold"] = "start"
+    """any: short if one sample is right; threshold: short if the share of right ones reaches label.threshold;
+    start: the rule that --start names."""
+    threshold: float = number(0.5, above=0.0, high=1.0)
+    """Share of right samples from which the short answer is the label."""
+
+
+@dataclass(frozen=True)
+class WarmupConfig(SftConfig):
+    """Stage warmup: SFT on the labelled mix of long and short answers."""
+
+    section: ClassVar[str] = "warmup"
+
+
+@dataclass(frozen=True)
+class DistillConfig(SftConfig):
+    """Stage distill: the always-think SFT baseline, on the same prompts as the warm-up."""
+
+    section: ClassVar[str] = "distill"
+
+
+@dataclass(frozen=True)
+class RefineConfig(Section):
+    """Stage refine: choose the RL prompts by difficulty and by reward variance over short GRPO rounds."""
+
+    section: ClassVar[str] = "refine"
+
+    enabled: bool = True
+    """Off: RL draws from the whole pool."""
+    prompts: int = number(960, low=1)
+    """Size of the prompt pool, before refinement."""
+    rounds: int = number(3, low=2)
+    """GRPO rounds over which the reward variance of a prompt is measured."""
+    drop_easy: float = number(0.5, low=0.0, high=1.0)
+    """Share dropped of the prompts whose samples are all right."""
+    drop_hard: float = number(0.5, low=0.0, high=1.0)
+    """Share dropped of the prompts whose samples are all wrong."""
+    keep: float = number(0.5, above=0.0, high=1.0)
+    """Share kept of the rest, lowest variance over rounds first."""
+
+
+@dataclass(frozen=True)
+class RLConfig(Section):
+    """Stage rl: GRPO with the entropy arm that --arm names."""
+
+    section: ClassVar[str] = "rl"
+
+    steps: int = number(240, low=0)
+    """Optimizer steps, one per rollout batch."""
+    prompts_per_step: int = number(24, low=1)
+    """Prompts (groups) per step."""
+    group_size: int = number(8, low=2)
+    """Responses per prompt."""
+    lr: float = number(3e-4, above=0.0)
+    """Learning rate, constant."""
+    weight_decay: float = number(0.0, low=0.0)
+    """Decoupled weight decay."""
+    grad_clip: float = number(1.0, above=0.0)
+    """Largest gradient norm."""
+    clip_low: float = number(0.2, above=0.0, below=1.0)
+    """The probability ratio is clipped below at 1 - clip_low."""
+    clip_high: float = number(0.2, above=0.0)
+    """The probability ratio is clipped above at 1 + clip_high."""
+    normalize: Literal["sequences", "tokens"] | float = number("sequences", above=0.0)  # type: ignore[arg-type]
+    """sequences: mean per response, then over responses; tokens: mean over all trained tokens; a number: the
+    sum over trained tokens divided by it."""
+    temperature: float = number(1.0, above=0.0)
+    """Sampling temperature of the rollouts."""
+    correct_short: float = 1.0
+    """Reward of a right answer without thinking."""
+    correct_long: float = 0.5
+    """Reward of a right answer with thinking."""
+    wrong_long: float = -0.5
+    """Reward of a wrong answer with thinking."""
+    wrong_short: float = -1.0
+    """Reward of a wrong answer without thinking."""
+    malformed: float = -1.5
+    """Reward of a reply that breaks the format."""
+    entropy_scope: Literal["reply", "think", "mode", "blend"] = "reply"
+    """Tokens over which a response's entropy is averaged: all sampled ones, the thinking, the mode tag, or
+    half the mode tag and half the reply."""
+    target_mode: Literal["absolute", "relative"] = "absolute"
+    """absolute: the targets are rl.target_short and rl.target_long; relative: rl.target_ratio times the
+    entropies measured before the first step."""
+    target_short: float = number(0.1, low=0.0)
+    """Entropy target H_s of short responses, nats."""
+    target_long: float = number(0.2, low=0.0)
+    """Entropy target H_l of long responses, nats."""
+    target_ratio: float = number(1.0, above=0.0)
+    """Factor on the measured entropies when rl.target_mode is relative."""
+    beta_short: float = number(0.0, low=0.0)
+    """Entropy coefficient of short responses."""
+    beta_long: float = number(0.01, low=0.0)
+    """Entropy coefficient of long responses; where it starts, if the arm adapts it."""
+    beta_lr: float = number(0.01, above=0.0)
+    """Step size of the decoupled controller: change of beta per nat of missing entropy and step."""
+    beta_delta: float = number(0.005, above=0.0)
+    """Step of the single-coefficient adaptive arm, towards its target."""
+    beta_max: float = number(0.5, above=0.0)
+    """Upper clamp of an adapted coefficient; the lower one is 0."""
+    eval_every: int = number(20, low=0)
+    """Steps between evaluations on a small test sample; 0: never."""
+    checkpoint_every: int = number(40, low=0)
+    """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
+    keep_checkpoints: int = number(2, low=1)
+    """Checkpoints kept, newest first."""
+
+    def validate(self) -> None:
+        self.require(self.beta_long <= self.beta_max, "beta_long", "must be at most rl.beta_max")
+        self.require(self.beta_short <= self.beta_max, "beta_short", "must be at most rl.beta_max")
+
+
+@dataclass(frozen=True)
+class RolloutConfig(Section):
+    """Budgets of one episode and the size of the generation engine."""
+
+    section: ClassVar[str] = "rollout"
+
+    slots: int = number(96, low=1)
+    """Sequences decoded at once."""
+    prefill_chunk: int = number(64, low=1)
+    """Tokens entering the cache per prefill call and sequence."""
+    max_turns: int = number(6, low=1)
+    """Assistant replies per episode."""
+    max_new_tokens: int = number(128, low=1)
+    """Sampled tokens per episode."""
+    max_turn_tokens: int = number(64, low=1)
+    """Sampled tokens per reply."""
+    max_calls: int = number(12, low=1)
+    """Tool calls per episode."""
+    deadline_s: float = number(60.0, above=0.0)
+    """Wall-clock limit of one episode, seconds."""
+
+    def validate(self) -> None:
+        fits = self.max_turn_tokens <= self.max_new_tokens
+        self.require(fits, "max_turn_tokens", "must be at most rollout.max_new_tokens")
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
+    """Stage eval, and the smaller evaluations during RL."""
+
+    section: ClassVar[str] = "eval"
+
+    per_cell: int = number(20, low=1)
+    """Held-out tasks per family and difficulty in the final evaluation."""
+    interim_per_cell: int = number(4, low=1)
+    """Held-out tasks per family and difficulty in an evaluation during RL."""
+    temperature: float = number(0.0, low=0.0)
+    """Sampling temperature; 0 is greedy."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """Train a model that learns when to think before it calls a tool."""
+
+    preset: str = "mini"
+    """Named preset (mini, smoke, mini-full) or the path of a .toml file."""
+    arm: Arm = "decoupled"
+    """Entropy arm of the RL stage; none is plain GRPO."""
+    start: Start = "clean"
+    """Where RL starts: cold, from the base model without warm-up; noisy, after a warm-up on any-of-k labels;
+    clean, after a warm-up on threshold labels."""
+    stages: tuple[Stage, ...] = STAGES
+    """Stages to run, always in this order; distill is the always-think SFT baseline."""
+    seed: int = number(0, low=0, below=2**31)
+    """Seed of everything random."""
+    out: str = ""
+    """Run folder; runs/<preset> if not given."""
+    resume: bool = False
+    """Continue the run in the run folder."""
+    overwrite: bool = False
+    """Replace the run in the run folder."""
+    dry_run: bool = False
+    """Check the settings, print the plan and stop."""
+    threads: int = number(1, low=1)
+    """CPU threads per process."""
+    world: WorldConfig = field(default_factory=WorldConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def validate(self) -> None:
+        self.require(bool(self.stages), "stages", "must name at least one stage")
+        self.require(not (self.resume and self.overwrite), "resume", "cannot be combined with --overwrite")
+        object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
+        if not self.out:
+            object.__setattr__(self, "out", f"runs/{Path(self.preset).stem or 'run'}")
+        budget = self.rollout.max_new_tokens
+        fits = budget < self.model.max_positions
+        self.require(fits, "rollout.max_new_tokens", "must be less than model.max_positions")
+        pool = self.refine.prompts >= self.rl.prompts_per_step
+        self.require(pool, "refine.prompts", "must be at least rl.prompts_per_step")
+
+    @property
+    def label_rule(self) -> LabelRule:
+        """The labelling rule in force: `label.rule`, or the one that `start` names."""
+        if self.label.rule != "start":
+            return self.label.rule
+        return "any" if self.start == "noisy" else "threshold"
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The settings as nested JSON-able dicts."""
+    return schema.to_dict(config)
+
+
+def from_dict(values: dict[str, Any], *, source: str | None = None) -> TrainConfig:
+    """Settings from nested dicts; `source` (a file name) is named when a key is unknown.
+
+    Raises:
+        UserError: an unknown key, a bad type or value, or settings that do not fit together.
+    """
+    return schema.from_dict(TrainConfig, values, source=source)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Settings from the command line: defaults < preset < options.
+
+    Raises:
+        UserError: anything wrong with the options or the preset.
+        SystemExit: code 0, after printing the help text.
+    """
+    from autotool_fast.cli import parse
+
+    return parse(argv)

@@ -1,0 +1,63 @@
+"""What a run is going to do, in words: the text of `--dry-run`, computed without torch."""
+
+from __future__ import annotations
+
+from autotool_fast.config import Stage, TrainConfig
+
+VOCAB_ESTIMATE = 128
+"""Upper bound of the embedded tokenizer's vocabulary, used for the parameter estimate only."""
+
+
+def describe(config: TrainConfig) -> str:
+    """The resolved plan: run folder, model size, arm, and each stage's steps, sequences and token budget."""
+    model, world = config.model, config.world
+    parameters = model.parameters(VOCAB_ESTIMATE)
+    rows = [
+        ("preset", config.preset),
+        ("run folder", f"{config.out}{_folder_note(config)}"),
+        ("seed", str(config.seed)),
+        ("arm", f"{config.arm}, {config.start} start"),
+        ("world", f"{', '.join(world.families)}; difficulty 0-{world.max_difficulty}"),
+        ("model", f"Qwen3, {model.layers} layers of {model.hidden}, at most {parameters:,} parameters"),
+        *((f"stage {stage}", stage_summary(config, stage)) for stage in config.stages),
+    ]
+    sampled = sum(stage_tokens(config, stage) for stage in config.stages)
+    rows.append(("token budget", f"at most {sampled:,} sampled tokens before evaluation"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def stage_summary(config: TrainConfig, stage: Stage) -> str:
+    """One line on what a stage does, with its counts."""
+    label, refine, rl = config.label, config.refine, config.rl
+    if stage in ("base", "warmup", "distill"):
+        sft = {"base": config.base, "warmup": config.warmup, "distill": config.distill}[stage]
+        if stage == "warmup" and config.start == "cold":
+            return "none: a cold start skips the warm-up"
+        return f"{sft.steps:,} steps of {sft.batch} sequences, lr {sft.lr:g}"
+    if stage == "label":
+        rule = f"threshold {label.threshold:g}" if config.label_rule == "threshold" else "any"
+        return f"{label.prompts:,} prompts, {label.k} samples each, rule {rule}"
+    if stage == "refine":
+        if not refine.enabled:
+            return f"off: all {refine.prompts:,} prompts are used"
+        return f"{refine.prompts:,} prompts, {refine.rounds} rounds of {rl.group_size} responses"
+    if stage == "rl":
+        batch = f"{rl.prompts_per_step} prompts, {rl.group_size} responses each"
+        return f"{rl.steps:,} steps of {batch}, lr {rl.lr:g}"
+    return f"{config.eval.per_cell} held-out tasks per family and difficulty, modes auto, think, no_think"
+
+
+def stage_tokens(config: TrainConfig, stage: Stage) -> int:
+    """Upper bound of the tokens a training stage samples (episodes times `rollout.max_new_tokens`)."""
+    refine, rl = config.refine, config.rl
+    episodes = {
+        "label": config.label.prompts * config.label.k,
+        "refine": refine.enabled * refine.prompts * refine.rounds * rl.group_size,
+        "rl": rl.steps * rl.prompts_per_step * rl.group_size,
+    }
+    return episodes.get(stage, 0) * config.rollout.max_new_tokens
+
+
+def _folder_note(config: TrainConfig) -> str:
+    return " (resumed)" if config.resume else " (overwritten)" if config.overwrite else ""
