@@ -2,8 +2,8 @@
 
 Calls are compared as a multiset of (name, canonical arguments): the order of calls and of object keys is
 free, the order inside arrays is not. `strict` keeps JSON numbers apart as written (3 is not 3.0); the
-normalised comparison joins numbers of equal value. A boolean is never a number in either. Strings are compared
-exactly.
+normalised comparison joins numbers of equal value. A boolean is never a number in either. Strings are
+compared exactly.
 
 Parsing, schema checks and rewards are left to others; any object with `.name` and `.arguments` is a call.
 """
@@ -59,8 +59,8 @@ def canonical_calls(
     Args:
         calls: the calls of one reply.
         strict: see `canonical_json`.
-        defaults: tool name -> argument name -> the schema's default. An argument that equals its default counts
-            as absent, since data sets write such arguments in some answers and leave them out of others.
+        defaults: tool name -> argument name -> the schema's default. An argument that equals its default
+            counts as absent, since data sets write it in some answers and leave it out of others.
     """
     keys: Counter[tuple[str, str]] = Counter()
     for call in calls:
@@ -92,6 +92,6 @@ def calls_match(
     try:
         made = canonical_calls(predicted, strict=strict, defaults=defaults)
     except RecursionError:
-        # A model can nest brackets deeper than the interpreter recurses. The expected calls did not: they differ.
+        # A model can nest deeper than the interpreter recurses; the expected calls did not, so they differ.
         return False
     return made == wanted
