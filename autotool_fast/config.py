@@ -22,7 +22,7 @@ Stage = Literal["base", "label", "warmup", "distill", "refine", "rl", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Arm = Literal["none", "fixed", "adaptive", "decoupled-fixed", "decoupled"]
 Start = Literal["cold", "noisy", "clean"]
-Family = Literal["set", "hop", "reg", "cups", "parallel", "irrelevant", "read", "missing"]
+Family = Literal["set", "parallel", "irrelevant", "missing", "hop", "reg", "cups", "chain"]
 LabelRule = Literal["any", "threshold"]
 
 
@@ -36,17 +36,12 @@ class WorldConfig(Section):
     """Task families to draw from."""
     max_difficulty: int = number(6, low=0)
     """Largest difficulty k drawn."""
-    easy_max: int = number(1, low=0)
-    """Tasks with k up to this count as easy."""
-    hard_min: int = number(4, low=1)
-    """Tasks with k from this on count as hard."""
     easy_share: float = number(0.6, low=0.0, high=1.0)
-    """Share of easy tasks among label, refinement and RL prompts."""
+    """Share of tasks of difficulty 0 among label, refinement and RL prompts."""
 
     def validate(self) -> None:
         self.require(bool(self.families), "families", "must name at least one family")
         self.require(len(set(self.families)) == len(self.families), "families", "names a family twice")
-        self.require(self.easy_max < self.hard_min, "easy_max", "must be less than world.hard_min")
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,8 @@ class ModelConfig(Section):
     """Longest sequence, in tokens."""
     rope_theta: float = number(10_000.0, above=0.0)
     """Base of the rotary position frequencies."""
+    initializer_range: float = number(0.02, above=0.0)
+    """Standard deviation of the initial weights."""
 
     def validate(self) -> None:
         self.require(self.hidden % self.heads == 0, "hidden", "must be a multiple of model.heads")
