@@ -1,0 +1,124 @@
+"""Which backend serves a call, and why. Nothing falls back in silence: a backend asked for by name that cannot serve
+the call is an error that says the reason; "auto" picks by the rule in `choose`, which `choose` also puts
+into words.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+NAMES = ("torch", "triton", "cuda")
+# Module of each backend's implementation of each op; all implementations of an op take the same arguments.
+_MODULES = {
+    "linear_logp_entropy": {"torch": "reference"},
+    "linear_logp_entropy_backward": {"torch": "reference"},
+    "logits_logp_entropy": {"torch": "reference"},
+    "logits_logp_entropy_backward": {"torch": "reference"},
+    "policy_loss": {"torch": "policy"},
+    "sample_logp_entropy": {"torch": "philox"},
+}
+_FUNCTIONS = {
+    "linear_logp_entropy": "linear_forward",
+    "linear_logp_entropy_backward": "linear_backward",
+    "logits_logp_entropy": "logits_forward",
+    "logits_logp_entropy_backward": "logits_backward",
+    "policy_loss": "policy_forward",
+    "sample_logp_entropy": "sample_forward",
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether a backend can serve tensors on this machine, and on what, or what is missing."""
+
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves a call, and why."""
+
+    name: str
+    reason: str
+
+
+def backends() -> dict[str, Backend]:
+    """State of every backend on this machine, by name ("torch", "triton", "cuda")."""
+    return {
+        "torch": Backend(True, "PyTorch operations, every device and dtype"),
+        "triton": _triton(),
+        "cuda": _cuda(),
+    }
+
+
+def choose(op: str, device_type: str, backend: str = "auto") -> Choice:
+    """The backend for `op` on tensors of `device_type`; ValueError names why an explicit one cannot serve it.
+
+    "auto": the Triton kernels on CUDA tensors, PyTorch everywhere else. The CUDA C++ kernels are only used when asked for.
+    """
+    if backend == "auto":
+        if device_type != "cuda":
+            return Choice("torch", f"{device_type} tensors are served by PyTorch")
+        reason = _why_not(op, device_type, "triton")
+        return (
+            Choice("triton", "CUDA tensors")
+            if reason is None
+            else Choice("torch", f"Triton cannot: {reason}")
+        )
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}: got {backend!r}")
+    reason = _why_not(op, device_type, backend)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot serve {op}: {reason}")
+    return Choice(backend, "asked for by name")
+
+
+@lru_cache(maxsize=256)
+def implementation(op: str, device_type: str, backend: str) -> Callable:
+    """The function that serves `op`; cached, because small calls come in thousands."""
+    name = choose(op, device_type, backend).name
+    module = importlib.import_module(f".{_MODULES[op][name]}", __package__)
+    return getattr(module, _FUNCTIONS[op])
+
+
+def _why_not(op: str, device_type: str, backend: str) -> str | None:
+    if backend not in _MODULES[op]:
+        return f"the {backend} backend does not have this op"
+    if backend == "torch":
+        return None
+    state = backends()[backend]
+    if not state.available:
+        return state.reason
+    if device_type == "cpu" and backend == "triton" and _interpreting():
+        return None
+    return None if device_type == "cuda" else f"it needs CUDA tensors, these are on {device_type}"
+
+
+def _interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, "triton is not installed")
+    if _interpreting():
+        return Backend(True, "Triton's interpreter (TRITON_INTERPRET=1): CPU tensors, for tests only")
+    if not torch.cuda.is_available():
+        return Backend(False, "no CUDA device, and TRITON_INTERPRET=1 is not set")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return Backend(False, f"needs compute capability 8.0 or newer, this device has {major}.{minor}")
+    return Backend(True, f"compiles for sm_{major}{minor}")
+
+
+def _cuda() -> Backend:
+    return Backend(False, "the extension is not built (make ext)")

@@ -1,0 +1,213 @@
+"""The torch.library registrations: schemas, shape functions for tracing, and autograd formulas.
+
+The ops are opaque to torch.compile and choose their backend when they run. Statistics needed by a backward
+are extra outputs; the public functions in `api` hide them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import implementation
+from .policy import METRICS
+from .reference import RowStats, compute_dtype
+
+NAMESPACE = "autotool_kernels"
+_STATS = "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum)"
+_SCALING = "float temperature, Tensor? row_temperature, int ignore_index, str backend"
+_GRADS = "Tensor? grad_logp, Tensor? grad_entropy"
+SCHEMAS = (
+    f"linear_logp_entropy(Tensor hidden, Tensor weight, Tensor target, {_SCALING}) -> {_STATS}",
+    f"linear_logp_entropy_backward({_GRADS}, Tensor hidden, Tensor weight, Tensor target, Tensor entropy, "
+    f"Tensor row_max, Tensor log_sum, {_SCALING}, bool need_hidden, bool need_weight) -> (Tensor, Tensor)",
+    f"logits_logp_entropy(Tensor logits, Tensor target, {_SCALING}) -> {_STATS}",
+    f"logits_logp_entropy_backward({_GRADS}, Tensor logits, Tensor target, Tensor entropy, Tensor row_max, "
+    f"Tensor log_sum, {_SCALING}) -> Tensor",
+    "policy_loss(Tensor logp, Tensor old_logp, Tensor entropy, Tensor advantages, Tensor cu_seqlens, Tensor mask, "
+    "Tensor is_short, float[] gate, Tensor? gate_tensor, float clip_low, float clip_high, int normalize, "
+    "float constant, str backend) -> (Tensor loss, Tensor sequence_entropy, Tensor metrics, Tensor grad_logp, "
+    "Tensor grad_entropy)",
+    "sample_logp_entropy(Tensor logits, float temperature, Tensor? row_temperature, Tensor seed, Tensor offset, "
+    "str backend) -> (Tensor token, Tensor logp, Tensor entropy)",
+)
+
+_lib = torch.library.Library(NAMESPACE, "DEF")
+for _schema in SCHEMAS:
+    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+ops = getattr(torch.ops, NAMESPACE)
+
+
+def _register(kind: str):
+    """`kind` "run" for the implementation on every device, "fake" for the shape function; named after the op."""
+
+    def decorate(fn):
+        name = fn.__name__.removesuffix("_fake")
+        if kind == "run":
+            _lib.impl(name, fn, "CompositeExplicitAutograd")
+        else:
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fn, lib=_lib)
+        return fn
+
+    return decorate
+
+
+@_register("run")
+def linear_logp_entropy(hidden, weight, target, temperature, row_temperature, ignore_index, backend):
+    run = implementation("linear_logp_entropy", hidden.device.type, backend)
+    return tuple(run(hidden, weight, target, temperature, row_temperature, ignore_index))
+
+
+@_register("run")
+def linear_logp_entropy_backward(
+    grad_logp, grad_entropy, hidden, weight, target, entropy, row_max, log_sum,
+    temperature, row_temperature, ignore_index, backend, need_hidden, need_weight,
+):  # fmt: skip
+    run = implementation("linear_logp_entropy_backward", hidden.device.type, backend)
+    stats = RowStats(entropy, entropy, row_max, log_sum)
+    dx, dw = run(
+        grad_logp, grad_entropy, hidden, weight, target, stats,
+        temperature, row_temperature, ignore_index, need_hidden, need_weight,
+    )  # fmt: skip
+    return hidden.new_empty(0) if dx is None else dx, weight.new_empty(0) if dw is None else dw
+
+
+@_register("run")
+def logits_logp_entropy(logits, target, temperature, row_temperature, ignore_index, backend):
+    run = implementation("logits_logp_entropy", logits.device.type, backend)
+    return tuple(run(logits, target, temperature, row_temperature, ignore_index))
+
+
+@_register("run")
+def logits_logp_entropy_backward(
+    grad_logp, grad_entropy, logits, target, entropy, row_max, log_sum,
+    temperature, row_temperature, ignore_index, backend,
+):  # fmt: skip
+    run = implementation("logits_logp_entropy_backward", logits.device.type, backend)
+    stats = RowStats(entropy, entropy, row_max, log_sum)
+    return run(grad_logp, grad_entropy, logits, target, stats, temperature, row_temperature, ignore_index)
+
+
+@_register("run")
+def policy_loss(logp, *args):
+    *args, backend = args
+    return tuple(implementation("policy_loss", logp.device.type, backend)(logp, *args))
+
+
+@_register("run")
+def sample_logp_entropy(logits, temperature, row_temperature, seed, offset, backend):
+    run = implementation("sample_logp_entropy", logits.device.type, backend)
+    return tuple(run(logits, temperature, row_temperature, seed, offset))
+
+
+@_register("fake")
+def linear_logp_entropy_fake(hidden, weight, target, temperature, row_temperature, ignore_index, backend):
+    dtype = compute_dtype(hidden.dtype)
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
+
+
+@_register("fake")
+def linear_logp_entropy_backward_fake(
+    grad_logp, grad_entropy, hidden, weight, target, entropy, row_max, log_sum,
+    temperature, row_temperature, ignore_index, backend, need_hidden, need_weight,
+):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+    )
+
+
+@_register("fake")
+def logits_logp_entropy_fake(logits, target, temperature, row_temperature, ignore_index, backend):
+    dtype = compute_dtype(logits.dtype)
+    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4))
+
+
+@_register("fake")
+def logits_logp_entropy_backward_fake(
+    grad_logp, grad_entropy, logits, target, entropy, row_max, log_sum,
+    temperature, row_temperature, ignore_index, backend,
+):  # fmt: skip
+    return logits.new_empty(logits.shape)
+
+
+@_register("fake")
+def policy_loss_fake(logp, old_logp, entropy, advantages, *args):
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    return (
+        logp.new_empty((), dtype=dtype),
+        entropy.new_empty(advantages.shape[0], dtype=dtype),
+        logp.new_empty(len(METRICS), dtype=torch.float32),
+        logp.new_empty(logp.shape),
+        entropy.new_empty(entropy.shape),
+    )
+
+
+@_register("fake")
+def sample_logp_entropy_fake(logits, temperature, row_temperature, seed, offset, backend):
+    rows, dtype = logits.shape[0], compute_dtype(logits.dtype)
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+    )
+
+
+def _save_linear(ctx, inputs, output):
+    hidden, weight, target, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend = inputs
+    _, entropy, row_max, log_sum = output
+    ctx.save_for_backward(hidden, weight, target, entropy, row_max, log_sum, row_temperature)
+    ctx.mark_non_differentiable(row_max, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_gradient(ctx, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_):
+    *saved, row_temperature = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    dx, dw = ops.linear_logp_entropy_backward(
+        grad_logp, grad_entropy, *saved, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend,
+        need_hidden, need_weight,
+    )  # fmt: skip
+    return dx if need_hidden else None, dw if need_weight else None, None, None, None, None, None
+
+
+def _save_logits(ctx, inputs, output):
+    logits, target, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend = inputs
+    _, entropy, row_max, log_sum = output
+    ctx.save_for_backward(logits, target, entropy, row_max, log_sum, row_temperature)
+    ctx.mark_non_differentiable(row_max, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _logits_gradient(ctx, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_):
+    *saved, row_temperature = ctx.saved_tensors
+    dz = ops.logits_logp_entropy_backward(
+        grad_logp, grad_entropy, *saved, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend
+    )
+    return dz, None, None, None, None, None
+
+
+def _save_policy(ctx, inputs, output):
+    _, *detached = output
+    ctx.save_for_backward(*detached[-2:])
+    ctx.mark_non_differentiable(*detached)
+    ctx.set_materialize_grads(False)
+
+
+def _policy_gradient(ctx, grad_loss: Tensor | None, *_):
+    grads = [None] * 14
+    if grad_loss is not None:
+        dlogp, dentropy = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            grads[0] = dlogp * grad_loss.to(dlogp.dtype)
+        if ctx.needs_input_grad[2]:
+            grads[2] = dentropy * grad_loss.to(dentropy.dtype)
+    return tuple(grads)
+
+
+for _name, _gradient, _save in (
+    ("linear_logp_entropy", _linear_gradient, _save_linear),
+    ("logits_logp_entropy", _logits_gradient, _save_logits),
+    ("policy_loss", _policy_gradient, _save_policy),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradient, setup_context=_save, lib=_lib)
