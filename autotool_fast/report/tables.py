@@ -1,0 +1,396 @@
+"""The numbers of the report: headline, comparison, premise, stage and timing tables.
+
+Pure functions from a `Run` to plain data (strings and small dataclasses) that page.html lays out. A figure that the
+run does not have is a dash, a table without any figure is None. Percentages are of tasks, tokens are response tokens
+(sampled ones), times are wall-clock.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from autotool_fast.report.charts import heat_level, mean, percent, plain, share_bar
+from autotool_fast.report.load import STAGES, Row, Run, number
+
+DASH = "–"
+BANDS = ("easy", "medium", "hard")
+SCOPES = ("overall", *BANDS)
+MODES = ("auto", "think", "no_think")
+MODEL_NAMES = {"base": "Base", "distilled": "Distilled", "warmup": "Warm-up", "rl": "RL"}
+STAGE_NAMES = {
+    "base": "Base training",
+    "label": "Labelling",
+    "warmup": "Warm-up SFT",
+    "distill": "Distilled SFT",
+    "refine": "Data refinement",
+    "rl": "RL",
+    "eval": "Evaluation",
+}
+RECENT = 10
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One table cell; `level` is a heat colour or None, `tip` a tooltip."""
+
+    text: str
+    tip: str = ""
+    level: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: `columns` head the cells of each (row label, cells); `emphasis` is the label of the row to stress."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    note: str = ""
+    emphasis: str = ""
+    corner: str = ""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock time of one stage and where it went; a phase is (name, total, ms per step, share, bar SVG)."""
+
+    stage: str
+    steps: int
+    total: str
+    phases: tuple[tuple[str, str, str, str, str], ...]
+
+
+def model_order(run: Run) -> list[str]:
+    """Models of the run in the order of training, unknown ones last."""
+    return [m for m in MODEL_NAMES if m in run.models] + [m for m in run.models if m not in MODEL_NAMES]
+
+
+def model_name(model: str) -> str:
+    """The name a reader sees."""
+    return MODEL_NAMES.get(model, model)
+
+
+def tokens(value: float) -> str:
+    """A token count: one decimal below 100, thousands separated above."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def significant(value: float) -> str:
+    """Three significant digits, without an exponent between 0.001 and a million."""
+    if value == 0 or not 1e-3 <= abs(value) < 1e6:
+        return plain(value)
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+
+def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): unlike p +- z * se it has a width at p = 0 and p = 1."""
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(max(0.0, p * (1 - p) / n + z * z / (4 * n * n)))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 8.3 s, 2 min 05 s or 1 h 20 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _get(row: Row | None, key: str) -> float | None:
+    return number(row.get(key)) if row is not None else None
+
+
+def _show(value: float | None, write: Callable[[float], str]) -> str:
+    return DASH if value is None else write(value)
+
+
+def headline(run: Run) -> str:
+    """The outcome in one or two computed sentences, for whatever the run has reached."""
+    rl = run.cell("rl")
+    if rl is None:
+        return _unfinished_headline(run)
+    text = (
+        f"In auto mode the RL model thinks on {_share(run, 'rl', 'think_rate', 'hard')} of the hard and "
+        f"{_share(run, 'rl', 'think_rate', 'easy')} of the easy test tasks, solves {_share(run, 'rl', 'accuracy')} "
+        f"of the test mix and writes {_show(_get(rl, 'tokens'), tokens)} response tokens per task."
+    )
+    reference = run.cell("distilled")
+    if reference is None:
+        return text + " There is no always-think (distilled) model to compare it with."
+    return text + (
+        f" The always-think (distilled) model solves {_share(run, 'distilled', 'accuracy')} with "
+        f"{_show(_get(reference, 'tokens'), tokens)} tokens: the RL model uses "
+        f"{_relative(_get(rl, 'tokens'), _get(reference, 'tokens'))}, and solves "
+        f"{_share(run, 'rl', 'accuracy', 'hard')} of the hard tasks against "
+        f"{_share(run, 'distilled', 'accuracy', 'hard')}."
+    )
+
+
+def _share(run: Run, model: str, key: str, band: str = "overall") -> str:
+    return _show(_get(run.cell(model, "auto", band), key), percent)
+
+
+def _relative(value: float | None, reference: float | None) -> str:
+    if value is None or not reference:
+        return "an unknown share of them"
+    change = value / reference - 1
+    return "as many" if abs(change) < 0.0005 else f"{percent(abs(change))} {'fewer' if change < 0 else 'more'}"
+
+
+def _unfinished_headline(run: Run) -> str:
+    rows = run.rows("rl")
+    if not rows:
+        reached = [STAGE_NAMES[s] for s in STAGES if run.rows(s)]
+        where = f"the last stage with measurements is {reached[-1]}" if reached else "nothing has been measured yet"
+        return f"This run has no RL result: {where}."
+    recent = rows[-RECENT:]
+
+    def last(key: str, write: Callable[[float], str] = percent) -> str:
+        return _show(mean([_get(row, key) for row in recent]), write)
+
+    planned = run.setting("rl.steps")
+    of = f" of {planned}" if isinstance(planned, int) else ""
+    return (
+        f"RL is at step {plain(float(rows[-1]['step']))}{of} and has not been evaluated on the test split. "
+        f"Over its last {len(recent)} steps it thinks on {last('think_rate/hard')} of the hard and "
+        f"{last('think_rate/easy')} of the easy training tasks, solves {last('acc/all')} and writes "
+        f"{last('tokens/response', tokens)} response tokens per task."
+    )
+
+
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(label, value, comparison) of the outcome figures; empty without an evaluated RL model."""
+    if run.cell("rl") is None:
+        return []
+
+    def tile(
+        label: str, key: str, band: str, write: Callable[[float], str], note: str = ""
+    ) -> tuple[str, str, str]:
+        value = _get(run.cell("rl", "auto", band), key)
+        reference = _get(run.cell("distilled", "auto", band), key)
+        against = f"distilled {write(reference)}" if reference is not None else "no distilled model"
+        return label, _show(value, write), against + note
+
+    return [
+        tile("Accuracy", "accuracy", "overall", percent),
+        tile("Accuracy, hard", "accuracy", "hard", percent),
+        tile("Thinks on hard", "think_rate", "hard", percent),
+        tile("Thinks on easy", "think_rate", "easy", percent),
+        tile("Response tokens", "tokens", "overall", tokens),
+        tile("ACU", "acu", "overall", significant),
+    ]
+
+
+def final_tables(run: Run) -> list[Table]:
+    """Accuracy, thinking rate, tokens and ACU in auto mode: models as rows, bands as columns."""
+    models = [m for m in model_order(run) if run.cell(m) is not None]
+    if not models:
+        return []
+    unit = run.acu_unit or "unit not recorded"
+    measures = (
+        ("Accuracy", "accuracy", percent, "share of tasks solved"),
+        ("Thinking rate", "think_rate", percent, "share of replies that open with [think]"),
+        ("Response tokens", "tokens", tokens, "mean per task"),
+        ("ACU", "acu", significant, unit),
+    )
+    return [_measure_table(run, models, *measure) for measure in measures]
+
+
+def _measure_table(
+    run: Run, models: list[str], title: str, key: str, write: Callable[[float], str], note: str
+) -> Table:
+    rows = []
+    for model in models:
+        cells = []
+        for band in SCOPES:
+            cell = run.cell(model, "auto", band)
+            value, n = _get(cell, key), _get(cell, "n")
+            tip = f"n = {plain(n)}" if n else ""
+            if value is not None and n and key in ("accuracy", "think_rate") and 0 <= value <= 1:
+                low, high = wilson(value, n)
+                tip = f"95% interval {percent(low)} to {percent(high)}, {tip}"
+            cells.append(Cell(_show(value, write), tip))
+        rows.append((model_name(model), tuple(cells)))
+    if "rl" in models and "distilled" in models:
+        changes = []
+        for band in SCOPES:
+            new, old = (_get(run.cell(m, "auto", band), key) for m in ("rl", "distilled"))
+            changes.append(Cell(_change(new, old, key)))
+        rows.append(("RL vs distilled", tuple(changes)))
+    return Table(title, ("All", "Easy", "Medium", "Hard"), tuple(rows), note, emphasis=model_name("rl"))
+
+
+def _change(new: float | None, old: float | None, key: str) -> str:
+    if new is None or old is None:
+        return DASH
+    if key in ("accuracy", "think_rate"):
+        return f"{100 * (new - old):+.1f} pt"
+    return f"{100 * (new / old - 1):+.0f}%" if old else DASH
+
+
+def interval_note(run: Run) -> str:
+    """How wide the accuracy intervals of the final table are at most, overall and in one band."""
+    widths: dict[bool, list[float]] = {True: [], False: []}
+    for model in model_order(run):
+        for band in SCOPES:
+            cell = run.cell(model, "auto", band)
+            p, n = _get(cell, "accuracy"), _get(cell, "n")
+            if p is not None and n and 0 <= p <= 1:
+                low, high = wilson(p, n)
+                widths[band == "overall"].append((high - low) / 2)
+    if not widths[True] or not widths[False]:
+        return ""
+    return (
+        f"Half-width of the 95% interval (Wilson, over tasks): at most {100 * max(widths[True]):.1f} points overall, "
+        f"{100 * max(widths[False]):.1f} in a band."
+    )
+
+
+def premise_tables(run: Run) -> list[Table]:
+    """Accuracy with the mode forced, by family and difficulty, one table per model, the first model first."""
+    tables = []
+    for model in model_order(run):
+        found: dict[tuple[str, float], dict[str, Row]] = {}
+        for mode in ("no_think", "think"):
+            cells = run.models[model].get(mode)
+            for cell in cells.get("cells") or [] if isinstance(cells, dict) else []:
+                k = _get(cell, "difficulty") if isinstance(cell, dict) else None
+                if k is not None:
+                    found.setdefault((str(cell.get("family")), k), {})[mode] = cell
+        if found:
+            tables.append(_premise_table(model, found))
+    return tables
+
+
+def _premise_table(model: str, found: dict[tuple[str, float], dict[str, Row]]) -> Table:
+    difficulties = sorted({k for _, k in found})
+    families = list(dict.fromkeys(family for family, _ in found))
+    rows = []
+    for family in families:
+        for mode in ("no_think", "think"):
+            cells = []
+            for k in difficulties:
+                cell = found.get((family, k), {}).get(mode)
+                value, n = _get(cell, "accuracy"), _get(cell, "n")
+                if value is None:
+                    cells.append(Cell("", "not in the test split"))
+                    continue
+                tip = f"{family}, k = {plain(k)}, {mode}: {percent(value)}" + (f", n = {plain(n)}" if n else "")
+                cells.append(Cell(f"{100 * value:.0f}", tip, heat_level(value)))
+            rows.append((f"{family} · {mode}", tuple(cells)))
+    return Table(model_name(model), tuple(f"k={plain(k)}" for k in difficulties), tuple(rows), corner="family · forced mode")
+
+
+_GROUPED = re.compile(r"^(?P<name>.+)/(?P<column>k\d+|all|easy|medium|hard)$")
+_COLUMN_ORDER = {name: i for i, name in enumerate(("all", *BANDS))}
+
+
+def stage_tables(run: Run, stage: str) -> list[Table]:
+    """The last value of each metric of a stage: `name/k3` and `name/easy` as a matrix, the rest as a list."""
+    values: dict[str, float] = {}
+    for row in run.rows(stage):
+        for key, value in row.items():
+            if key not in ("step", "seconds") and not key.startswith("time/") and (v := number(value)) is not None:
+                values[key] = v
+    matrix: dict[str, dict[str, float]] = {}
+    single: dict[str, float] = {}
+    for key, value in values.items():
+        match = _GROUPED.match(key)
+        if match:
+            matrix.setdefault(match["name"], {})[match["column"]] = value
+        else:
+            single[key] = value
+    tables = []
+    if matrix:
+        columns = sorted({c for row in matrix.values() for c in row}, key=_column_key)
+        rows = tuple(
+            (name, tuple(Cell(_show(row.get(c), significant_or_whole)) for c in columns))
+            for name, row in matrix.items()
+        )
+        heads = tuple(f"k={c[1:]}" if c not in _COLUMN_ORDER else c for c in columns)
+        tables.append(Table("By difficulty", heads, rows))
+    if single:
+        rows = tuple((name, (Cell(significant_or_whole(value)),)) for name, value in single.items())
+        tables.append(Table("Totals", ("value",), rows))
+    return tables
+
+
+def significant_or_whole(value: float) -> str:
+    """A count as a whole number, anything else with three significant digits."""
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e6 else significant(value)
+
+
+def _column_key(column: str) -> tuple[int, int]:
+    return (0, _COLUMN_ORDER[column]) if column in _COLUMN_ORDER else (1, int(column[1:]))
+
+
+def stage_seconds(rows: Sequence[Row]) -> float:
+    """Wall-clock seconds of a stage; a resumed run restarts the clock, so each fall begins a new stretch."""
+    total = last = 0.0
+    for row in rows:
+        seconds = _get(row, "seconds")
+        if seconds is not None:
+            if seconds < last:
+                total += last
+            last = seconds
+    return total + last
+
+
+def timings(run: Run) -> list[Timing]:
+    """Wall-clock time by stage, and the phases (`time/...`, milliseconds per row) inside it."""
+    tables = []
+    for stage in [s for s in STAGES if run.rows(s)] + [s for s in run.stages if s not in STAGES]:
+        rows = run.rows(stage)
+        wall = stage_seconds(rows)
+        names = list(dict.fromkeys(key for row in rows for key in row if key.startswith("time/")))
+        phases: list[tuple[str, float, float | None]] = []
+        for name in names:
+            ms = [v for row in rows if (v := _get(row, name)) is not None]
+            if ms:
+                phases.append((name.removeprefix("time/"), sum(ms) / 1000, median(ms)))
+        timed = sum(seconds for _, seconds, _ in phases)
+        if phases and wall > timed * 1.005:
+            phases.append(("not timed", wall - timed, None))
+        whole = max(wall, timed) or 1.0
+        tables.append(
+            Timing(
+                STAGE_NAMES.get(stage, stage),
+                len(rows),
+                duration(wall),
+                tuple(
+                    (name, duration(seconds), _show(ms, lambda v: f"{v:,.1f}"), percent(seconds / whole), share_bar(seconds / whole))
+                    for name, seconds, ms in phases
+                ),
+            )
+        )
+    return tables
+
+
+def recovery(run: Run, window: int = 15, level: float = 0.7) -> dict[str, Any] | None:
+    """How deep thinking on hard tasks fell in RL, and when it came back.
+
+    Uses the trailing `window`-step mean of `think_rate/hard`. None with fewer than `window` measured steps.
+
+    Returns:
+        `low` and `low_step`: the smallest mean and its step; `step`: first later step with a mean above `level`
+        (None if never); `last`: the last mean.
+    """
+    points = [(float(r["step"]), v) for r in run.rows("rl") if (v := _get(r, "think_rate/hard")) is not None]
+    if len(points) < window:
+        return None
+    means = [
+        (points[i][0], sum(v for _, v in points[i - window + 1 : i + 1]) / window)
+        for i in range(window - 1, len(points))
+    ]
+    low_step, low = min(means, key=lambda pair: pair[1])
+    step = next((s for s, m in means if s > low_step and m > level), None) if low <= level else None
+    return {"low": low, "low_step": low_step, "step": step, "last": means[-1][1], "window": window, "level": level}

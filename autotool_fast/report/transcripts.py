@@ -1,0 +1,150 @@
+"""Sampled transcripts for the report: which ones to show, and their tokens as coloured stretches.
+
+Each token keeps its source (prompt, sampled, tool) and a sampled one its entropy; neighbouring tokens that look the
+same and carry no tooltip are merged. The text is model output: it is never marked as safe, the template escapes it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from autotool_fast.report.charts import bins, plain
+from autotool_fast.report.load import Row, number
+
+ENTROPY_EDGES = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Lower edges in nats of the shades 1 .. 6; below the first a token is not shaded."""
+MAX_SHOWN = 24
+MAX_STEPS = 4
+MAX_TOTAL_TOKENS = 6000
+MAX_TOKENS = 800
+LONG_PROMPT = 500
+
+_PROMPT, _SAMPLED, _TOOL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text: kind is prompt, sampled, tool or cut; `shade` 0 .. 6; folded pieces go into <details>."""
+
+    kind: str
+    text: str
+    shade: int = 0
+    tip: str = ""
+    fold: str = ""
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What the template needs of one transcript; an unknown figure is an empty string."""
+
+    title: str
+    mode: str
+    correct: bool | None
+    reward: str
+    stop_reason: str
+    n_sampled: int
+    entropy: str
+    pieces: tuple[Piece, ...]
+
+
+def entropy_shade(entropy: float) -> int:
+    """Shade 0 .. 6 of an entropy in nats."""
+    return bisect_right(ENTROPY_EDGES, entropy)
+
+
+def legend() -> list[tuple[int, str]]:
+    """(shade, range in nats) entries."""
+    edges = [plain(e) for e in ENTROPY_EDGES]
+    inner = [(i + 1, f"{a}–{b}") for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))]
+    return [(0, f"< {edges[0]}"), *inner, (len(edges), f"≥ {edges[-1]}")]
+
+
+def choose(rows: Sequence[Row]) -> list[Row]:
+    """At most `MAX_SHOWN` rows: `MAX_STEPS` moments from last to first, in each one difficulty after another."""
+    usable = [row for row in rows if isinstance(row.get("tokens"), list) and row["tokens"]]
+    moments = list(dict.fromkeys((str(row.get("stage")), number(row.get("step")) or 0.0) for row in usable))
+    if len(moments) > MAX_STEPS:
+        moments = [moments[round(i * (len(moments) - 1) / (MAX_STEPS - 1))] for i in range(MAX_STEPS)]
+    chosen: list[Row] = []
+    budget = MAX_TOTAL_TOKENS
+    for moment in reversed(moments):
+        here = [r for r in usable if (str(r.get("stage")), number(r.get("step")) or 0.0) == moment]
+        for row in _vary(here)[: MAX_SHOWN // len(moments)]:
+            size = min(len(row["tokens"]), MAX_TOKENS)
+            if size <= budget or not chosen:
+                budget -= size
+                chosen.append(row)
+    return chosen
+
+
+def _vary(rows: Sequence[Row]) -> list[Row]:
+    """Round robin over difficulty, easiest first, so that a cut keeps every difficulty it can."""
+    by_difficulty: dict[float, list[Row]] = {}
+    for row in rows:
+        by_difficulty.setdefault(number(row.get("difficulty")) or 0.0, []).append(row)
+    lanes = [by_difficulty[k] for k in sorted(by_difficulty)]
+    if len(lanes) > MAX_SHOWN // MAX_STEPS:
+        lanes = [lanes[part[-1]] for part in bins(len(lanes), MAX_SHOWN // MAX_STEPS)]
+    longest = max((len(lane) for lane in lanes), default=0)
+    return [lane[i] for i in range(longest) for lane in lanes if i < len(lane)]
+
+
+def transcript(row: Row) -> Transcript:
+    """Lay out one row of transcripts.jsonl; tokens that are not as described are left out."""
+    tokens = [t for t in row["tokens"] if isinstance(t, dict) and isinstance(t.get("text"), str)]
+    entropies = [e for t in tokens if t.get("source") == _SAMPLED and (e := number(t.get("entropy"))) is not None]
+    sampled = sum(t.get("source") == _SAMPLED for t in tokens)
+    reward, step, k = (number(row.get(key)) for key in ("reward", "step", "difficulty"))
+    names = [
+        str(row.get("stage", "")) + (f" step {plain(step)}" if step is not None else ""),
+        str(row.get("family", "")) + (f" k={plain(k)}" if k is not None else ""),
+        str(row.get("task_id", "")),
+    ]
+    correct = row.get("correct")
+    return Transcript(
+        title=" · ".join(name for name in names if name.strip()),
+        mode=str(row.get("mode") or "malformed"),
+        correct=correct if isinstance(correct, bool) else None,
+        reward="" if reward is None else f"{reward:+g}",
+        stop_reason=str(row.get("stop_reason") or ""),
+        n_sampled=sampled,
+        entropy=f"{sum(entropies) / len(entropies):.3f}" if entropies else "",
+        pieces=tuple(_pieces(tokens)),
+    )
+
+
+def _pieces(tokens: list[Row]) -> list[Piece]:
+    skipped = len(tokens) - MAX_TOKENS
+    if skipped > 0:
+        head, tail = tokens[: MAX_TOKENS // 2], tokens[-(MAX_TOKENS // 2) :]
+        return [*_stretches(head), Piece("cut", f"… {skipped} tokens left out …"), *_stretches(tail)]
+    return _stretches(tokens)
+
+
+def _stretches(tokens: list[Row]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for source, group in groupby(tokens, key=lambda t: t.get("source")):
+        part = list(group)
+        text = "".join(t["text"] for t in part)
+        if source == _SAMPLED:
+            pieces += [_sampled(t) for t in part]
+        elif source == _TOOL:
+            pieces.append(Piece("tool", text, fold=f"tool result, {len(part)} tokens"))
+        else:
+            fold = f"prompt, {len(part)} tokens" if len(text) > LONG_PROMPT else ""
+            pieces.append(Piece("prompt", text, fold=fold))
+    return pieces
+
+
+def _sampled(token: Row) -> Piece:
+    entropy, logp = number(token.get("entropy")), number(token.get("logp"))
+    facts = []
+    if logp is not None:
+        facts.append(f"p = {math.exp(min(logp, 0.0)):.3g}")
+    if entropy is not None:
+        facts.append(f"H = {entropy:.3f} nats")
+    return Piece("sampled", token["text"], entropy_shade(entropy or 0.0), ", ".join(facts))
