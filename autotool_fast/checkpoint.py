@@ -1,0 +1,345 @@
+"""Checkpoints that are whole or absent, and that carry everything a run needs to continue bit for bit.
+
+    step-00000040/
+      model/               Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it
+      tensors.safetensors  optimizer state, random-generator states, anything else that is a tensor
+      state.json           counters, controllers, optimizer hyper-parameters
+      manifest.json        format, step, and the size and SHA-256 of every other file; written last
+
+Guarantees: a checkpoint appears under its name only after all of it, manifest included, is on the disk; one
+that is damaged afterwards is recognised and passed over; nothing is pickled. What goes into `tensors` and
+`state` is left to the stages. Restore the random generators last: building a model draws from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autotool_fast import files
+from autotool_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = "autotool_fast.checkpoint/1"
+MANIFEST, STATE, TENSORS, MODEL = "manifest.json", "state.json", "tensors.safetensors", "model"
+STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    path: Path
+    step: int
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face model folder."""
+        return self.path / MODEL
+
+    def state(self) -> dict[str, Any]:
+        """The JSON-able state that was saved."""
+        return json.loads((self.path / STATE).read_text(encoding="utf-8"))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that were saved, on the CPU."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / TENSORS)
+
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """Copy the saved weights into `model`, in place, so that optimizers keep their parameters."""
+        with no_progress_bars():
+            saved = type(model).from_pretrained(self.model, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+
+def save(
+    directory: Path,
+    step: int,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    keep_last: int = 2,
+) -> Checkpoint:
+    """Write the checkpoint of `step` below `directory`, then remove older ones beyond `keep_last`.
+
+    Checkpoints of later steps are removed too: they belong to a continuation that was abandoned.
+
+    Raises:
+        UserError: the disk refuses the write; what was there before is untouched.
+        ValueError, TypeError: `state` is not JSON-able or holds a non-finite number.
+    """
+    from safetensors import SafetensorError
+
+    assert keep_last >= 1
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _recover(directory)
+        temporary.mkdir()
+        _write_contents(temporary, step, model, tokenizer, tensors, state)
+        _publish(temporary, final)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        remedy = "free some space or check the permissions, then continue with --resume"
+        raise UserError(f"cannot be written ({reason})", where=str(final), remedy=remedy) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    found = _by_step(directory)
+    kept = [s for s in sorted(found) if s <= step][-keep_last:]
+    for old, path in found.items():
+        if old not in kept:
+            shutil.rmtree(path)
+    return Checkpoint(final, step)
+
+
+def latest(
+    directory: Path, warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> Checkpoint | None:
+    """The newest checkpoint below `directory` that is whole, or None.
+
+    Args:
+        warn: called with one line for every damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: the newest one was written in another format version.
+    """
+    if directory.is_dir():
+        _recover(directory)
+    found = _by_step(directory)
+    for step in sorted(found, reverse=True):
+        problem = damage(found[step])
+        if problem is None:
+            return Checkpoint(found[step], step)
+        warn(f"{found[step]}: {problem}; passed over")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None if every file is as its manifest says.
+
+    Raises:
+        UserError: the manifest names another format version.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, recorded = manifest["format"], manifest.get("files", {})
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    if version != FORMAT:
+        problem = f"has format {version!r}, this version reads {FORMAT!r}"
+        raise UserError(problem, where=str(path), remedy="resume with the version that wrote it")
+    for name in (STATE, TENSORS):
+        if name not in recorded:
+            return f"{MANIFEST} does not list {name}"
+    for name, expected in recorded.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return f"{name} has {size} bytes instead of {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{name} does not match its SHA-256"
+    return None
+
+
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state_dict as (named tensors, JSON-able rest), for any optimizer of torch.optim's shape.
+
+    Tensors are named "<prefix>/<parameter index>/<name>" and, for tensor hyper-parameters such as a tensor
+    learning rate, "<prefix>/group<i>/<name>".
+    """
+    import torch
+
+    state_dict = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, values in state_dict["state"].items():
+        scalars[str(index)] = {}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{prefix}/{index}/{name}"] = value
+            else:
+                scalars[str(index)][name] = value
+    groups = []
+    for i, group in enumerate(state_dict["param_groups"]):
+        groups.append({k: v for k, v in group.items() if not isinstance(v, torch.Tensor)})
+        tensors |= {f"{prefix}/group{i}/{k}": v for k, v in group.items() if isinstance(v, torch.Tensor)}
+    return tensors, {"scalars": scalars, "groups": groups}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    prefix: str = "optimizer",
+) -> None:
+    """Restore what `pack_optimizer` took, into an optimizer built over the same parameters.
+
+    Raises:
+        ValueError: the groups or their parameters do not match (from torch).
+    """
+    current = optimizer.state_dict()["param_groups"]
+    groups = []
+    for i, saved in enumerate(state["groups"]):
+        group = dict(saved)
+        for name, value in (current[i] if i < len(current) else {}).items():
+            if isinstance(value, tuple) and isinstance(group.get(name), list):
+                group[name] = tuple(group[name])
+        groups.append(group)
+    values = {int(index): dict(scalars) for index, scalars in state["scalars"].items()}
+    for key, tensor in tensors.items():
+        owner, _, name = key.removeprefix(f"{prefix}/").partition("/")
+        if not key.startswith(f"{prefix}/"):
+            continue
+        if owner.startswith("group"):
+            groups[int(owner.removeprefix("group"))][name] = tensor
+        else:
+            values[int(owner)][name] = tensor
+    optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def capture_rng() -> dict[str, torch.Tensor]:
+    """States of torch's (CPU, each CUDA device), NumPy's and Python's random generators, as uint8 tensors."""
+    import random
+
+    import numpy as np
+    import torch
+
+    # The global generator, since libraries draw from it; our own code uses seeded Generators.
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    states = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/numpy": _encode([kind, keys.tolist(), *rest]),
+        "rng/python": _encode(random.getstate()),
+    }
+    if torch.cuda.is_available():
+        states |= {f"rng/cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_rng(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put the random generators back where `capture_rng` found them; other tensors are ignored."""
+    import random
+
+    import numpy as np
+    import torch
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"rng/cuda{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng/cuda{i}"], i)
+    torch.set_rng_state(tensors["rng/torch"])
+    kind, keys, *rest = _decode(tensors["rng/numpy"])
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    version, internal, gauss = _decode(tensors["rng/python"])
+    random.setstate((version, tuple(internal), gauss))
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own bars over the run's progress display."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _encode(value: Any) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(tensor: torch.Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))
+
+
+def _write_contents(
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    from safetensors.torch import save_file
+
+    with no_progress_bars():
+        model.save_pretrained(folder / MODEL)
+        tokenizer.save_pretrained(folder / MODEL)
+    # Cloned, because safetensors refuses tensors that share memory.
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / TENSORS)
+    (folder / STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    recorded = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in written
+    }
+    for path in [*written, *(path for path in folder.rglob("*") if path.is_dir())]:
+        files.sync(path)
+    files.write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": recorded})
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Rename a complete folder into place; one of the same name steps aside first."""
+    if final.exists():
+        aside = final.with_name(f".old-{final.name}")
+        os.replace(final, aside)
+        os.replace(temporary, final)
+        shutil.rmtree(aside)
+    else:
+        os.replace(temporary, final)
+    files.sync(final.parent)
+
+
+def _recover(directory: Path) -> None:
+    """Clean up after a killed process; the run folder's lock says that nobody else is writing here."""
+    for path in list(directory.glob(".old-step-*")):
+        final = path.with_name(path.name.removeprefix(".old-"))
+        if not final.exists():
+            os.replace(path, final)
+    for pattern in (".old-step-*", ".tmp-step-*"):
+        for path in list(directory.glob(pattern)):
+            shutil.rmtree(path)
+
+
+def _by_step(directory: Path) -> dict[int, Path]:
+    if not directory.is_dir():
+        return {}
+    matches = ((STEP_NAME.fullmatch(path.name), path) for path in directory.iterdir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
