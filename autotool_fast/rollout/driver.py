@@ -1,0 +1,274 @@
+"""The turn loop: tasks in, trajectories out.
+
+Each sample is an episode: sample a turn, parse it, let the task execute it, append the messages it gives
+back, and so on until the task is over or a budget is. Episodes run side by side in the slot engine; those
+whose turn ended are served between two decoding steps while the rest go on. A cut or malformed turn never
+executes. Sampled tokens are decoded for the parser only: ids are append-only. Rewards and batching for
+training are elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, ParsedReply, parse_reply
+from autotool_fast.errors import UserError
+from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.records import StopReason, Trajectory
+from autotool_fast.rollout.rng import row_seeds
+from autotool_fast.tasks.record import Episode, Task
+
+
+class Chat(Protocol):
+    """What the driver needs of `chat.ChatFormat`."""
+
+    stop_ids: frozenset[int]
+
+    def encode_prompt(self, messages: list[dict], tools: list[dict]) -> list[int]: ...
+    def encode_mode(self, mode: str) -> list[int]: ...
+    def encode_continuation(self, messages: list[dict]) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """Budgets of one episode.
+
+    They are checked in this order. While a turn is sampled: deadline, then the token budgets. After a turn:
+    malformed reply, calls, the task's own end, deadline, turns, tokens left for another turn.
+
+    Attributes:
+        max_turns: assistant replies.
+        max_new_tokens: sampled tokens.
+        max_turn_tokens: sampled tokens of one reply.
+        max_calls: tool calls.
+        deadline_s: seconds since the episode got a slot; None for no limit.
+    """
+
+    max_turns: int = 6
+    max_new_tokens: int = 128
+    max_turn_tokens: int = 64
+    max_calls: int = 12
+    deadline_s: float | None = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_new_tokens", "max_turn_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError("must be at least 1", where=f"rollout.{name}")
+
+
+@dataclass
+class _Sample:
+    """One running episode."""
+
+    group: int
+    sample: int
+    episode: Episode
+    prompt_end: int  # where the current turn's sampled tokens begin
+    segments: list[tuple[int, int]]  # (tokens, source) in order
+    replies: list[ParsedReply] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    calls: int = 0
+    sampled: int = 0
+    forced: int = 0
+    thought: int = 0
+    tool_seconds: float = 0.0
+
+
+class _ThinkCounter:
+    """Counts the tokens of a turn that lie strictly between the think markers.
+
+    Works on the concatenation of each token's own text, remembered per id. The markers are ASCII, so they are
+    found there whether they are one token or several; a token that holds part of a marker is not counted.
+    """
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self._pieces: dict[int, str] = {}
+
+    def __call__(self, ids: Sequence[int]) -> int:
+        for token in ids:
+            if token not in self._pieces:
+                self._pieces[token] = self._chat.decode([token])
+        pieces = [self._pieces[token] for token in ids]
+        text = "".join(pieces)
+        opening = text.find("<think>")
+        if opening < 0:
+            return 0
+        opening += len("<think>")
+        closing = text.find("</think>", opening)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        first = int(np.searchsorted(ends, opening)) + 1  # first token after the one that completes the marker
+        last = len(pieces) if closing < 0 else int(np.searchsorted(ends, closing, side="right"))
+        return max(0, last - first)
+
+
+class _Driver:
+    """One call of `rollout`."""
+
+    def __init__(
+        self, engine: SlotEngine, chat: Chat, tasks: Sequence[Task], mode: str, limits: RolloutLimits
+    ) -> None:
+        self.engine, self.chat, self.tasks, self.limits = engine, chat, tasks, limits
+        self.tag = [] if mode == "auto" else list(chat.encode_mode(mode))
+        self.count_think = _ThinkCounter(chat)
+        self.running: dict[int, _Sample] = {}
+        self.done: dict[int, Trajectory] = {}
+
+    def submit(self, group: int, group_size: int, seeds: np.ndarray) -> None:
+        """Queue the samples of one task."""
+        task, limits = self.tasks[group], self.limits
+        prompt = [*self.chat.encode_prompt(list(task.messages), list(task.tools)), *self.tag]
+        need = len(prompt) + limits.max_new_tokens
+        if need > self.engine.max_len:
+            raise UserError(
+                f"the prompt of task {task.id} ({len(prompt)} tokens) and the new tokens "
+                f"({limits.max_new_tokens}) do not fit into {self.engine.max_len} positions",
+                where="rollout.max_new_tokens",
+                remedy=f"lower it, or raise model.max_positions to {need}",
+            )
+        keys = [group * group_size + sample for sample in range(group_size)]
+        for sample, key in enumerate(keys):
+            self.running[key] = _Sample(
+                group,
+                sample,
+                task.episode(),
+                len(prompt),
+                [(len(prompt), SOURCE_PROMPT)],
+                forced=len(self.tag),
+            )
+        self.engine.submit(prompt, keys, seeds, min(limits.max_turn_tokens, limits.max_new_tokens))
+
+    def end_turn(self, key: int, stopped: bool) -> None:
+        """Serve a row whose turn ended: parse, execute, then extend it or close its episode."""
+        state, limits = self.running[key], self.limits
+        reply = self._read_turn(key, state, stopped)
+        if not stopped:
+            cut_by_turn = state.spans[-1][1] - state.spans[-1][0] >= limits.max_turn_tokens
+            return self._close(key, StopReason.MAX_TURN_TOKENS if cut_by_turn else StopReason.MAX_TOKENS)
+        if reply.length_class < 0:
+            return self._close(key, StopReason.MALFORMED)
+        if state.calls + len(reply.calls) > limits.max_calls:
+            return self._close(key, StopReason.MAX_CALLS)
+        state.calls += len(reply.calls)
+        began = time.perf_counter()
+        messages = state.episode.step(reply)
+        state.tool_seconds += time.perf_counter() - began
+        if messages is None:
+            return self._close(key, StopReason.FINISHED)
+        if limits.deadline_s is not None and self.engine.age(key) > limits.deadline_s:
+            return self._close(key, StopReason.DEADLINE)
+        if len(state.replies) >= limits.max_turns:
+            return self._close(key, StopReason.MAX_TURNS)
+        tool = self.chat.encode_continuation(messages)
+        added = len(tool) + len(self.tag)
+        budget = min(
+            limits.max_turn_tokens, limits.max_new_tokens - state.sampled, self.engine.room(key) - added
+        )
+        if budget < 1:
+            return self._close(key, StopReason.MAX_TOKENS)
+        self.engine.extend(key, [*tool, *self.tag], budget)
+        state.segments += [(len(tool), SOURCE_TOOL), (len(self.tag), SOURCE_PROMPT)]
+        state.prompt_end += added
+        state.forced += len(self.tag)
+        return None
+
+    def cut(self, key: int) -> None:
+        """Close an episode whose time is up, in the middle of a turn."""
+        state = self.running[key]
+        if len(self.engine.row(key).ids) > state.prompt_end:
+            self._read_turn(key, state, stopped=False)
+        self._close(key, StopReason.DEADLINE)
+
+    def _read_turn(self, key: int, state: _Sample, stopped: bool) -> ParsedReply:
+        ids = self.engine.row(key).ids
+        start, end = state.prompt_end, len(ids)
+        turn = [*self.tag, *ids[start : end - 1 if stopped else end].tolist()]
+        reply = parse_reply(self.chat.decode(turn))
+        state.replies.append(reply)
+        state.spans.append((start, end))
+        state.segments.append((end - start, SOURCE_SAMPLED))
+        state.sampled += end - start
+        state.thought += self.count_think(turn)
+        state.prompt_end = end
+        return reply
+
+    def _close(self, key: int, reason: StopReason) -> None:
+        state, row = self.running.pop(key), self.engine.row(key)
+        began = time.perf_counter()
+        correct = reason is StopReason.FINISHED and bool(state.episode.score())
+        seconds = state.tool_seconds + time.perf_counter() - began
+        lengths, sources = zip(*state.segments, strict=True)
+        self.done[key] = Trajectory(
+            task=self.tasks[state.group],
+            group=state.group,
+            sample=state.sample,
+            ids=row.ids.astype(np.int32),
+            source=np.repeat(np.array(sources, np.int8), lengths),
+            logp=row.logp.copy(),
+            entropy=row.entropy.copy(),
+            replies=tuple(state.replies),
+            correct=correct,
+            stop_reason=reason,
+            turn_spans=tuple(state.spans),
+            tool_seconds=seconds,
+            n_forced_tokens=state.forced,
+            n_think_tokens=state.thought,
+        )
+        self.engine.release(key)
+
+
+def rollout(
+    engine: SlotEngine,
+    tasks: Sequence[Task],
+    *,
+    chat: Chat,
+    group_size: int,
+    seed: int,
+    step: int,
+    mode: str = "auto",
+    temperature: float = 1.0,
+    limits: RolloutLimits | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Trajectory]:
+    """Sample `group_size` episodes of each task.
+
+    Args:
+        engine: the model, ready to sample.
+        tasks: one group each; a group's index is its place here.
+        chat: turns messages into token ids and back.
+        group_size: samples per task.
+        seed, step: together with group and sample they fix every draw.
+        mode: "auto" lets the model write the mode tag; "think" and "no_think" put it before every turn.
+        temperature: of the sampling distribution; 0 is greedy.
+        limits: budgets of each episode.
+        on_progress: called with (episodes done, episodes in all) whenever the first number grows.
+
+    Returns:
+        Trajectories ordered by task, then sample.
+
+    Raises:
+        UserError: when a prompt and the token budget do not fit into the engine's slots.
+    """
+    limits = limits or RolloutLimits()
+    driver = _Driver(engine, chat, tasks, mode, limits)
+    total = len(tasks) * group_size
+    with engine.session(stop_ids=chat.stop_ids, temperature=temperature):
+        for group in range(len(tasks)):
+            driver.submit(group, group_size, row_seeds(seed, step, group, np.arange(group_size)))
+        reported = 0
+        while engine.busy:
+            for key, stopped in engine.step():
+                driver.end_turn(key, stopped)
+            if limits.deadline_s is not None:
+                for key in engine.older_than(limits.deadline_s):
+                    driver.cut(key)
+            if on_progress is not None and len(driver.done) > reported:
+                reported = len(driver.done)
+                on_progress(reported, total)
+    return [driver.done[key] for key in range(total)]
