@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .library import ops
 from .policy import METRICS, NORMALIZE_CONSTANT, NORMALIZE_SEQUENCES, NORMALIZE_TOKENS
+from .reference import compute_dtype
 from .results import LogpEntropy, PolicyLoss, SampledTokens
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -28,7 +29,9 @@ def linear_logp_entropy(
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> LogpEntropy:
-    """Log-probability of `target` and entropy of softmax(hidden @ weight.T / temperature), without the N x V logits.
+    """Log-probability of `target` and entropy of softmax(hidden @ weight.T / temperature).
+
+    The N x V logits are never held, in the forward or the backward.
 
     hidden and weight share dtype (float64, float32, bfloat16, float16) and device; the logits are never
     rounded to the low precision. temperature is a positive number, or a tensor [] or [N] (not
@@ -93,7 +96,7 @@ def policy_loss(
     normalize: str | float = "tokens",
     backend: str = "auto",
 ) -> PolicyLoss:
-    """Clipped policy gradient with the decoupled entropy terms of AutoTool (arXiv 2603.13348) over packed sequences.
+    """Clipped policy gradient with the decoupled entropy terms of AutoTool (arXiv 2603.13348).
 
     Sequence i is tokens cu_seqlens[i]..cu_seqlens[i+1]; `mask` marks its trained tokens (holes allowed) and
     n_i counts them. With rho_t = exp(logp_t - old_logp_t), A_i = advantages[i] and e_t = entropy_t:
@@ -131,7 +134,8 @@ def policy_loss(
         raise ValueError(f"is_short must have the shape of advantages, [{n_seq}]: got {list(is_short.shape)}")
     if cu_seqlens.shape != (n_seq + 1,) or cu_seqlens.dtype not in _INTEGERS:
         raise ValueError(
-            f"cu_seqlens must be int32 or int64 [{n_seq + 1}]: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            f"cu_seqlens must be int32 or int64 [{n_seq + 1}]: "
+            f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
     for name, tensor in (("advantages", advantages), ("cu_seqlens", cu_seqlens), ("is_short", is_short)):
         _check_device(name, tensor, logp)
@@ -155,7 +159,7 @@ def sample_logp_entropy(
     offset: Tensor,  # [B] int64
     backend: str = "auto",
 ) -> SampledTokens:
-    """Draws one token per row from softmax(logits / temperature), with its log-probability and the row's entropy.
+    """Draws one token per row from softmax(logits / temperature), with its log-prob and the row's entropy.
 
     A row's token depends on (logits row, temperature, seed, offset) alone, whatever else is in the batch:
     advance `offset` by one per decoded token. temperature is a number or a tensor [] or [B]; 0 takes the
@@ -205,7 +209,7 @@ def _temperature(temperature, rows: Tensor, zero_is_greedy: bool = False) -> tup
                 f"got {temperature.dtype} {list(temperature.shape)}"
             )
         _check_device("temperature", temperature, rows)
-        return 1.0, temperature.detach().expand(rows.shape[0])
+        return 1.0, temperature.detach().to(compute_dtype(rows.dtype)).expand(rows.shape[0])
     if not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number or a tensor: got {type(temperature).__name__}")
     if not (temperature > 0 or (zero_is_greedy and temperature == 0)) or math.isinf(temperature):
@@ -226,7 +230,7 @@ def _normalization(normalize: str | float) -> tuple[int, float]:
 
 
 def _gate(like: Tensor, *values: float | Tensor) -> tuple[list[float], Tensor | None]:
-    """The four gate parameters as numbers, or as one tensor if any is a tensor, so that none is read by the host."""
+    """Four numbers, or one tensor if any is a tensor, so that the host reads none."""
     if not any(isinstance(v, Tensor) for v in values):
         return [float(v) for v in values], None
     columns = [v.detach().to(like) if isinstance(v, Tensor) else like.new_full((), v) for v in values]

@@ -1,4 +1,6 @@
-"""Which backend serves a call, and why. Nothing falls back in silence: a backend asked for by name that cannot serve
+"""Which backend serves a call, and why.
+
+Nothing falls back in silence: a backend asked for by name that cannot serve
 the call is an error that says the reason; "auto" picks by the rule in `choose`, which `choose` also puts
 into words.
 """
@@ -16,10 +18,10 @@ import torch
 NAMES = ("torch", "triton", "cuda")
 # Module of each backend's implementation of each op; all implementations of an op take the same arguments.
 _MODULES = {
-    "linear_logp_entropy": {"torch": "reference"},
-    "linear_logp_entropy_backward": {"torch": "reference"},
-    "logits_logp_entropy": {"torch": "reference"},
-    "logits_logp_entropy_backward": {"torch": "reference"},
+    "linear_logp_entropy": {"torch": "reference", "triton": "triton_linear"},
+    "linear_logp_entropy_backward": {"torch": "reference", "triton": "triton_linear"},
+    "logits_logp_entropy": {"torch": "reference", "triton": "triton_logits"},
+    "logits_logp_entropy_backward": {"torch": "reference", "triton": "triton_logits"},
     "policy_loss": {"torch": "policy"},
     "sample_logp_entropy": {"torch": "philox"},
 }
@@ -61,7 +63,8 @@ def backends() -> dict[str, Backend]:
 def choose(op: str, device_type: str, backend: str = "auto") -> Choice:
     """The backend for `op` on tensors of `device_type`; ValueError names why an explicit one cannot serve it.
 
-    "auto": the Triton kernels on CUDA tensors, PyTorch everywhere else. The CUDA C++ kernels are only used when asked for.
+    "auto": the Triton kernels on CUDA tensors, PyTorch everywhere else. The CUDA C++ kernels serve only when
+    asked for by name.
     """
     if backend == "auto":
         if device_type != "cuda":
@@ -96,12 +99,13 @@ def _why_not(op: str, device_type: str, backend: str) -> str | None:
     state = backends()[backend]
     if not state.available:
         return state.reason
-    if device_type == "cpu" and backend == "triton" and _interpreting():
+    if device_type == "cpu" and backend == "triton" and interpreting():
         return None
     return None if device_type == "cuda" else f"it needs CUDA tensors, these are on {device_type}"
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -110,7 +114,7 @@ def _interpreting() -> bool:
 def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend(False, "triton is not installed")
-    if _interpreting():
+    if interpreting():
         return Backend(True, "Triton's interpreter (TRITON_INTERPRET=1): CPU tensors, for tests only")
     if not torch.cuda.is_available():
         return Backend(False, "no CUDA device, and TRITON_INTERPRET=1 is not set")

@@ -24,12 +24,12 @@ SCHEMAS = (
     f"logits_logp_entropy(Tensor logits, Tensor target, {_SCALING}) -> {_STATS}",
     f"logits_logp_entropy_backward({_GRADS}, Tensor logits, Tensor target, Tensor entropy, Tensor row_max, "
     f"Tensor log_sum, {_SCALING}) -> Tensor",
-    "policy_loss(Tensor logp, Tensor old_logp, Tensor entropy, Tensor advantages, Tensor cu_seqlens, Tensor mask, "
-    "Tensor is_short, float[] gate, Tensor? gate_tensor, float clip_low, float clip_high, int normalize, "
-    "float constant, str backend) -> (Tensor loss, Tensor sequence_entropy, Tensor metrics, Tensor grad_logp, "
-    "Tensor grad_entropy)",
-    "sample_logp_entropy(Tensor logits, float temperature, Tensor? row_temperature, Tensor seed, Tensor offset, "
-    "str backend) -> (Tensor token, Tensor logp, Tensor entropy)",
+    "policy_loss(Tensor logp, Tensor old_logp, Tensor entropy, Tensor advantages, Tensor cu_seqlens, "
+    "Tensor mask, Tensor is_short, float[] gate, Tensor? gate_tensor, float clip_low, float clip_high, "
+    "int normalize, float constant, str backend) -> (Tensor loss, Tensor sequence_entropy, Tensor metrics, "
+    "Tensor grad_logp, Tensor grad_entropy)",
+    "sample_logp_entropy(Tensor logits, float temperature, Tensor? row_temperature, Tensor seed, "
+    "Tensor offset, str backend) -> (Tensor token, Tensor logp, Tensor entropy)",
 )
 
 _lib = torch.library.Library(NAMESPACE, "DEF")
@@ -39,7 +39,7 @@ ops = getattr(torch.ops, NAMESPACE)
 
 
 def _register(kind: str):
-    """`kind` "run" for the implementation on every device, "fake" for the shape function; named after the op."""
+    """`kind` is "run" (the implementation) or "fake" (its shapes); the op has the function's name."""
 
     def decorate(fn):
         name = fn.__name__.removesuffix("_fake")

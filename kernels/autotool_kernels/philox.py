@@ -24,7 +24,7 @@ LARGEST_U = 1.0 - 2.0**-24  # the float32 below 1; u = 1 would give E = inf
 
 
 def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four int64 counter words and two key words, each in 0..2^32-1 and broadcastable -> four such output words."""
+    """Four int64 counter and two key words in 0..2^32-1 -> four such words; counters 0, 2 set the shape."""
     x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -57,7 +57,7 @@ def sample_forward(
     seed: Tensor,  # [B]
     offset: Tensor,  # [B]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """token int64, logp, entropy; temperature 0 takes the first largest logit and reports at temperature 1."""
+    """(token int64, logp, entropy); temperature 0 takes the first largest logit, at temperature 1."""
     dtype = compute_dtype(logits.dtype)
     rows, v = logits.shape
     step = max(1, TILE_ELEMENTS.get(logits.device.type, TILE_ELEMENTS["cpu"]) // v)
@@ -67,6 +67,8 @@ def sample_forward(
         z = logits[r].to(dtype, copy=True)
         noise = None
         if row_temperature is not None:
+            if row_temperature.device.type == "cpu" and not (row_temperature >= 0).all():
+                raise ValueError(f"temperature must not be negative: got {row_temperature.min().item()}")
             t = row_temperature[r, None].to(dtype)
             greedy = t == 0
             z.div_(t.masked_fill(greedy, 1.0))

@@ -91,7 +91,7 @@ def policy_forward(
     spread = torch.stack((advantages.to(dtype), per_sequence.to(dtype), beta))[:, segment]  # [3, T]
     advantage, weight, token_beta = spread[0], spread[1] * mask, spread[2]
 
-    # Masked before exp: a wild log-ratio on a token that does not count must not reach the gradient as inf * 0.
+    # Masked before exp: a wild log-ratio on a token that does not count must not reach the loss as inf * 0.
     log_ratio = torch.where(mask & (advantage != 0), logp.to(dtype) - old_logp.to(dtype), 0.0)
     ratio = log_ratio.exp()
     clipped_high = (advantage > 0) & (ratio > 1.0 + clip_high)

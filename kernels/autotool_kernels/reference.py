@@ -12,7 +12,7 @@ log s - u / s. The shifted entropy keeps its precision at any logit offset, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class RowStats(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows to work on. `index` is None when all rows are; `dead` masks rows where compaction is not possible."""
+    """Rows to work on; `index` is None for all of them, `dead` masks where compaction is not possible."""
 
     index: Tensor | None
     target: Tensor  # [n, 1] int64, inside the vocabulary
@@ -93,44 +93,63 @@ def linear_backward(
     need_hidden: bool = True,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Recomputes the logits vocabulary-major: each slice of dW is written once, only dX accumulates (in float32)."""
+    """Recomputes logits vocabulary-major: each slice of dW is written once, only dX accumulates (float32)."""
     v = weight.shape[0]
     dtype = compute_dtype(hidden.dtype)
     rows = _select_rows(target, v, ignore_index, grad_logp, grad_entropy)
-    n = rows.target.shape[0]
     x, t = rows.take(hidden), _row_scale(rows, temperature, row_temperature)
     if rows.dead is not None and need_weight:
-        x = x.masked_fill(rows.dead[:, None], 0)
+        x = x.masked_fill(rows.dead[:, None], 0)  # a dead row's dz is 0, but 0 * NaN is not
     coefficients = _coefficients(rows, grad_logp, grad_entropy, stats, t, dtype)
     width = min(v, VOCAB_TILE)
-    tile = _row_tile(hidden, width)
-    one_vocab_tile = v <= width
-    dx = None if one_vocab_tile or not need_hidden else x.new_zeros(x.shape, dtype=dtype)
-    dx_parts: list[Tensor] = []
-    dw = _zeros_like(weight) if need_weight and (n == 0 or not one_vocab_tile) else None
+
+    def slab(r: slice, c: slice) -> Tensor:
+        z = _scale_(_project(x[r], weight[c], dtype), t, r)
+        return _dlogits_(z, rows.target[r] if v <= width else rows.target[r] - c.start, coefficients, r)
+
+    dx, dw = accumulate_gradients(x, weight, slab, width, need_hidden, need_weight)
+    return dx if dx is None else _scatter(rows, dx, hidden), dw
+
+
+def accumulate_gradients(
+    x: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    slab: Callable[[slice, slice], Tensor],
+    width: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX and dW from `slab(rows, columns)`, the dL/dlogits of one tile.
+
+    Vocabulary-major: a slice of dW is summed in float32 and written once, and only dX accumulates over the
+    vocabulary, in float32 too: summed in bfloat16 it biases training within dozens of steps.
+    """
+    n, v = x.shape[0], weight.shape[0]
+    dtype = compute_dtype(x.dtype)
+    tile = _row_tile(x, min(v, width))
+    one_slab = n <= tile and v <= width
+    dx = torch.zeros(x.shape, dtype=dtype, device=x.device) if need_hidden and not one_slab else None
+    dw = _zeros_like(weight) if need_weight and not (one_slab and n) else None
     for c in _slices(v, width) if n else ():
-        w = weight[c]
-        dw_tile = None
+        dw_slice = None
         for r in _slices(n, tile):
-            z = _scale_(_project(x[r], w, dtype), t, r)
-            y = rows.target[r]
-            dz = _dlogits_(z, y if one_vocab_tile else y - c.start, coefficients, r)
+            dz = slab(r, c)
             if need_hidden:
-                part = _matmul(dz, w)
-                if dx is None:
-                    dx_parts.append(part)
+                part = _matmul(dz, weight[c])
+                if one_slab:
+                    dx = part
                 else:
                     dx[r] += part
             if need_weight:
                 part = _matmul(dz.t(), x[r])
-                dw_tile = part if dw_tile is None else dw_tile.add_(part)
-        if need_weight and one_vocab_tile:
-            dw = dw_tile.to(weight.dtype)
+                dw_slice = part if dw_slice is None else dw_slice.add_(part)
+        if need_weight and one_slab:
+            dw = dw_slice.to(weight.dtype)
         elif need_weight:
-            dw[c] = dw_tile
-    if need_hidden and dx is None:
-        dx = dx_parts[0] if len(dx_parts) == 1 else torch.cat(dx_parts) if dx_parts else x.new_zeros(x.shape)
-    return _scatter(rows, dx, hidden) if need_hidden else None, dw
+            dw[c] = dw_slice
+    if need_hidden:
+        dx = torch.zeros_like(x) if dx is None else dx.to(x.dtype)
+    return dx, dw
 
 
 def logits_forward(
@@ -223,6 +242,8 @@ def _select_rows(target: Tensor, v: int, ignore_index: int, *grads: Tensor | Non
 
 def _row_scale(rows: _Rows, temperature: float, row_temperature: Tensor | None) -> Tensor | float | None:
     if row_temperature is not None:
+        if row_temperature.device.type == "cpu" and not (row_temperature > 0).all():
+            raise ValueError(f"temperature must be positive: got {row_temperature.min().item()}")
         return rows.take(row_temperature)[:, None]
     return None if temperature == 1.0 else temperature
 
@@ -275,10 +296,10 @@ def _coefficients(rows, grad_logp, grad_entropy, stats: RowStats, t, dtype) -> t
     """dz = e^x (a + b x) + at_label * 1[j = y], with everything of row size folded into a, b and at_label."""
     g, h = (None if grad is None else rows.take(grad).to(dtype) for grad in (grad_logp, grad_entropy))
     m, log_s = rows.take(stats.row_max), rows.take(stats.log_sum)
+    inverse_t = None if t is None else 1.0 / (t[:, 0] if isinstance(t, Tensor) else t)
     scale = torch.exp(-log_s)
     if t is not None:
-        t = t[:, 0] if isinstance(t, Tensor) else t
-        scale = scale / t
+        scale *= inverse_t
     a = None if g is None else g * scale
     b = None
     if h is not None:
@@ -288,7 +309,7 @@ def _coefficients(rows, grad_logp, grad_entropy, stats: RowStats, t, dtype) -> t
         b = b.neg_()[:, None]
     a = torch.zeros_like(m) if a is None else a.neg_()
     if g is not None and t is not None:
-        g = g / t
+        g = g * inverse_t  # the same product as in `scale`: a certain row (p = 1) cancels exactly
     columns = [a[:, None], b, None if g is None else g[:, None], m[:, None]]
     if rows.dead is not None:
         columns = [None if c is None else c.masked_fill(rows.dead[:, None], 0.0) for c in columns]
@@ -307,7 +328,7 @@ def _dlogits_(
         dz = z.exp_().mul_(a)
     else:
         e = z.exp()
-        dz = torch.addcmul(a, z, b, out=z).mul_(e)
+        dz = z.mul_(b).add_(a).mul_(e)
     if at_label is not None:
         inside = (y >= 0) & (y < z.shape[1])
         dz.scatter_add_(1, y.clamp(0, z.shape[1] - 1), at_label * inside)
@@ -324,10 +345,9 @@ def _project(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _matmul(dz: Tensor, b: Tensor) -> Tensor:
-    if dz.dtype == b.dtype:
-        return torch.mm(dz, b)
-    if dz.is_cuda:
-        return torch.mm(dz.to(b.dtype), b, out_dtype=dz.dtype)
+    """Product accumulated and returned in float32 (float64), whatever the inputs' precision."""
+    if b.is_cuda and b.dtype != compute_dtype(b.dtype):
+        return torch.mm(dz.to(b.dtype), b, out_dtype=torch.float32)
     return torch.mm(dz, b.to(dz.dtype))
 
 
