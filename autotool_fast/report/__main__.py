@@ -23,7 +23,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; returns the exit code."""
     parser = _Parser(
-        prog="python -m autotool_fast.report", description="Write report.html of a run folder, finished or not."
+        prog="python -m autotool_fast.report",
+        description="Write report.html of a run folder, finished or not.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder that a training run wrote")
     try:

@@ -1,8 +1,9 @@
 """Build report.html of a run folder: one self-contained file that explains the run to a person.
 
-Guarantees: no network, no external resource; a Content-Security-Policy in the page allows only its own style sheet and
-script, by hash. Everything that comes from the run is escaped (autoescape on; charts escape their text). A run that
-stopped early gives a shorter report that says what is missing. The file is replaced in one step.
+Guarantees: no network, no external resource; a Content-Security-Policy in the page allows only its own style
+sheet and script, by hash. Everything that comes from the run is escaped (autoescape on; charts escape their
+text). A run that stopped early gives a shorter report that says what is missing. The file is replaced in one
+step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,19 @@ import jinja2
 
 from autotool_fast.errors import UserError
 from autotool_fast.report import tables, transcripts
-from autotool_fast.report.charts import IsoLine, Point, Series, heat_map, line_chart, percent, plain, scatter, smooth
+from autotool_fast.report.charts import (
+    IsoLine,
+    Point,
+    Series,
+    heat_map,
+    line_chart,
+    log_ticks,
+    nice_ticks,
+    percent,
+    plain,
+    scatter,
+    smooth,
+)
 from autotool_fast.report.load import Row, Run, flatten, load_run, number
 
 REPORT_NAME = "report.html"
@@ -87,6 +100,7 @@ def render(run: Run) -> str:
         curves=rl_figures(run),
         heat=heat_figures(run),
         trade=trade_figure(run),
+        trade_table=tables.mode_table(run),
         diagnostics=diagnostic_figures(run),
         sft=sft_figures(run),
         labels=tables.stage_tables(run, "label"),
@@ -128,8 +142,8 @@ def _column(rows: Sequence[Row], key: str) -> list[float | None]:
 
 
 def _window(rows: Sequence[Row]) -> int:
-    """Smoothing window in steps: a twentieth of the run, at most 15, none for short runs."""
-    return 1 if len(rows) < 30 else min(15, len(rows) // 20)
+    """Odd smoothing window in logged steps: a twentieth of the stage, at most 15, none for short ones."""
+    return 1 if len(rows) < 60 else min(15, len(rows) // 20 // 2 * 2 + 1)
 
 
 def _series(
@@ -145,7 +159,7 @@ def _series(
 def _smoothing_note(window: int) -> str:
     if window == 1:
         return "Not smoothed."
-    return f"Bold: mean over the last {window} steps; thin: each step."
+    return f"Bold: mean over {window} neighbouring points; thin: each point."
 
 
 def _by_band(rows: Sequence[Row], metric: str, window: int) -> list[Series]:
@@ -177,7 +191,7 @@ def rl_figures(run: Run) -> list[Figure]:
             note,
         ),
         (
-            "Accuracy by difficulty",
+            "Accuracy by band",
             line_chart(
                 [*_by_band(rows, "acc", window), _series(rows, "acc/all", "all", "c-ink", window)],
                 x_label=STEP,
@@ -189,7 +203,7 @@ def rl_figures(run: Run) -> list[Figure]:
             f"Training prompts, sampled at training temperature. {note}",
         ),
         (
-            "Thinking rate by difficulty",
+            "Thinking rate by band",
             line_chart(
                 _by_band(rows, "think_rate", window),
                 x_label=STEP,
@@ -208,12 +222,16 @@ def rl_figures(run: Run) -> list[Figure]:
                 y_label="mean token entropy (nats)",
                 description="Entropy of long replies, short replies and the mode token, with targets",
             ),
-            "Per reply, over sampled tokens. Dashed: target; the bonus acts on replies at or below it. " + note,
+            "Per reply, over sampled tokens. Dashed: target; the bonus acts on replies at or below it. "
+            + note,
         ),
         (
             "Entropy coefficients",
             line_chart(
-                [_series(rows, "beta/long", "β long", "c-long"), _series(rows, "beta/short", "β short", "c-short")],
+                [
+                    _series(rows, "beta/long", "β long", "c-long"),
+                    _series(rows, "beta/short", "β short", "c-short"),
+                ],
                 x_label=STEP,
                 y_label="coefficient (per nat)",
                 description="Entropy coefficients over RL steps",
@@ -241,13 +259,14 @@ def _recovery_text(run: Run) -> str:
     found = tables.recovery(run)
     if found is None:
         return ""
-    text = (
-        f"Hard tasks, {found['window']}-step mean: lowest {percent(found['low'])} (step {plain(found['low_step'])})"
-    )
+    text = f"Hard tasks, mean over the last {found['window']} steps: lowest {percent(found['low'])}"
+    text += f" (step {plain(found['low_step'])})"
     if found["low"] > found["level"]:
         return f"{text}, last {percent(found['last'])}."
-    back = f"above {percent(found['level'])} from step {plain(found['step'])}" if found["step"] is not None else (
-        f"not back above {percent(found['level'])}"
+    back = (
+        f"above {percent(found['level'])} from step {plain(found['step'])}"
+        if found["step"] is not None
+        else (f"not back above {percent(found['level'])}")
     )
     return f"{text}, {back}, last {percent(found['last'])}."
 
@@ -259,7 +278,14 @@ def diagnostic_figures(run: Run) -> list[Figure]:
     wanted = (
         ("Policy loss", "loss/policy", "loss", "policy loss", False, False),
         ("Gradient norm", "grad_norm", "norm", "gradient norm before clipping", False, False),
-        ("Groups without signal", "groups/constant", "constant", "groups of equal rewards (% of groups)", False, True),
+        (
+            "Groups without signal",
+            "groups/constant",
+            "constant",
+            "equal rewards (% of groups)",
+            False,
+            True,
+        ),
         ("Sampler against trainer", "mismatch/max", "largest", "largest |Δ log-prob| (nats)", True, False),
     )
     figures = []
@@ -267,7 +293,7 @@ def diagnostic_figures(run: Run) -> list[Figure]:
         # a count of groups, where one is logged instead of a share, keeps its own unit
         share = share and all(v is None or v <= 1 for v in _column(rows, key))
         if key == "groups/constant" and not share:
-            unit = "groups of equal rewards (count)"
+            unit = "equal rewards (groups)"
         svg = line_chart(
             [_series(rows, key, label, "c-ink", 1 if log else window)],
             x_label=STEP,
@@ -297,8 +323,10 @@ def heat_figures(run: Run) -> list[Figure]:
             y_label="difficulty k",
             description=f"{title} by RL step and difficulty",
         )
-        caption = "Each cell is the mean over its steps; colours in steps of 10 points, hatched: no sample."
-        figures.append(Figure(f"{title} by difficulty", svg, caption))
+        caption = (
+            "Each cell is the mean over its steps; colours in steps of 10 points, crossed out: no sample."
+        )
+        figures.append(Figure(f"{title} by step and difficulty", svg, caption))
     return figures
 
 
@@ -322,12 +350,14 @@ def trade_figure(run: Run) -> Figure:
                 Point(length, accuracy, MODEL_COLOURS.get(model, "c-ink"), MODE_SHAPES[mode], tip, label)
             )
     models = [m for m in tables.model_order(run) if run.models[m]]
-    legend = [(tables.model_name(m), MODEL_COLOURS.get(m, "c-ink"), "circle") for m in models]
-    legend += [
-        ("auto", "c-ink", "circle"),
-        ("forced think", "c-ink", "triangle"),
-        ("forced no_think", "c-ink", "square"),
-    ]
+    legend = (
+        [(tables.model_name(m), MODEL_COLOURS.get(m, "c-ink"), "circle") for m in models],
+        [
+            ("auto", "c-ink", "circle"),
+            ("forced think", "c-ink", "triangle"),
+            ("forced no_think", "c-ink", "square"),
+        ],
+    )
     iso = _iso_lines(points, ratios)
     svg = scatter(
         points,
@@ -353,10 +383,10 @@ def _iso_lines(points: Sequence[Point], ratios: Sequence[float]) -> list[IsoLine
     factor = sorted(ratios)[len(ratios) // 2]
     values = [factor * p.y / p.x for p in points if p.y > 0 and p.x > 0]
     low, high = min(values), max(values)
-    grid = [m * 10.0**e for e in range(-12, 13) for m in (1, 2, 5)]
-    inside = [value for value in grid if 0.8 * low <= value <= 1.25 * high] or [low]
-    while len(inside) > 6:
-        inside = inside[::2]
+    if high < 10 * low:
+        inside = [value for value in nice_ticks(0.7 * low, 1.4 * high, 5) if value > 0]
+    else:
+        inside = log_ticks(low, high)
     return [IsoLine(value / factor, f"ACU {plain(value)}") for value in inside]
 
 
@@ -385,4 +415,3 @@ def sft_figures(run: Run) -> list[Figure]:
         caption = " ".join(dict.fromkeys(_smoothing_note(w) for w in windows))
         figures.append(Figure(title, svg, caption))
     return figures
-

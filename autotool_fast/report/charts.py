@@ -1,13 +1,14 @@
 """Charts as inline SVG: line chart, heat map, scatter plot, share bar.
 
-Pure functions from numbers to an SVG string. Colours are CSS classes of style.css, so a chart follows dark mode and
-print; nothing uses a style attribute, so the page can forbid them. All text is escaped here. Values that are None or
-not finite are gaps, never zeros. Every mark has a <title>, which is its tooltip.
-Leaves to others: captions, choice of data, smoothing (`smooth` is offered, the caller applies it and says so).
+Pure functions from numbers to an SVG string. Colours are CSS classes of style.css, so a chart follows dark
+mode and print; nothing uses a style attribute, so the page can forbid them. All text is escaped here. Values
+that are None or not finite are gaps, never zeros. Every mark has a <title>, which is its tooltip.
+Leaves to others: captions, choice of data, smoothing (`smooth` is offered; the caller applies it).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Point:
-    """One mark of a scatter plot. `shape` is circle, triangle or square; `label` is written beside it if not empty."""
+    """One mark of a scatter plot: shape circle, triangle or square, and its label if it has one."""
 
     x: float
     y: float
@@ -61,11 +62,12 @@ def finite(value: float | None) -> bool:
 
 
 def smooth(values: Values, window: int) -> list[float | None]:
-    """Trailing mean over the last `window` values, of those that are finite; None where there are none."""
+    """Mean over `window` (odd) neighbouring values, fewer towards the ends; gaps stay gaps."""
+    half = window // 2
     out: list[float | None] = []
-    for end in range(1, len(values) + 1):
-        part = [v for v in values[max(0, end - window) : end] if finite(v)]
-        out.append(sum(part) / len(part) if part and finite(values[end - 1]) else None)
+    for i, value in enumerate(values):
+        reach = min(half, i, len(values) - 1 - i)  # symmetric, or a slope would bend at the ends
+        out.append(mean(values[i - reach : i + reach + 1]) if finite(value) else None)
     return out
 
 
@@ -96,14 +98,16 @@ def log_ticks(low: float, high: float) -> list[float]:
     if last - first <= 2:
         return [t for e in range(first, last + 1) for m in (1, 2, 5) if low <= (t := m * 10.0**e) <= high]
     stride = max(1, (last - first) // 5)
-    return [10.0**e for e in range(first, last + 1, stride)]
+    return [t for e in range(first, last + 1, stride) if low <= (t := 10.0**e) <= high]
 
 
 def plain(value: float) -> str:
     """A short number: at most three significant digits, no padded exponent."""
-    if value == 0:
-        return "0"
+    if value < 0:
+        return "−" + plain(-value)
     size = abs(value)
+    if size == 0:
+        return "0"
     if size >= 1e6 or size < 1e-3:
         return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if size >= 100 else f"{value:.3g}"
@@ -125,8 +129,8 @@ def _text(x: float, y: float, content: str, css: str, anchor: str = "start") -> 
 def _svg(height: float, description: str, parts: list[str]) -> str:
     body = "".join(parts)
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label="{escape(description)}">'
-        f"{body}</svg>"
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {_n(height)}" role="img" '
+        f'aria-label="{escape(description)}">{body}</svg>'
     )
 
 
@@ -274,7 +278,8 @@ def line_chart(
     ends = [next(v for v in reversed(s.y) if finite(v) and not (log_y and v <= 0)) for s in drawn]
     places = _spread([frame.y(v) for v in ends], frame.top + 2, frame.bottom - 2)
     parts += [
-        _text(frame.right + 8, y + 4, s.label, f"direct {s.colour}") for s, y in zip(drawn, places, strict=True)
+        _text(frame.right + 8, y + 4, s.label, f"direct {s.colour}")
+        for s, y in zip(drawn, places, strict=True)
     ]
     parts += _hover_columns(frame, drawn, x_label, write)
     return _svg(height, description, parts)
@@ -298,9 +303,10 @@ def _hover_columns(
     """Invisible columns over the plot whose <title> lists every series there."""
     xs = sorted({x for s in series for x in s.x})
     shown = [xs[part[len(part) // 2]] for part in bins(len(xs), MAX_HOVER)]
-    edges = [frame.left, *((frame.x(a) + frame.x(b)) / 2 for a, b in zip(shown, shown[1:], strict=False)), frame.right]
+    edges = [frame.left, *((frame.x(a) + frame.x(b)) / 2 for a, b in itertools.pairwise(shown)), frame.right]
     tables = [
-        ({x: (v, r) for x, v, r in zip(s.x, s.y, s.raw or [None] * len(s.x), strict=True)}, s.label) for s in series
+        ({x: (v, r) for x, v, r in zip(s.x, s.y, s.raw or [None] * len(s.x), strict=True)}, s.label)
+        for s in series
     ]
     parts = []
     for i, x in enumerate(shown):
@@ -331,7 +337,7 @@ def heat_map(
     description: str,
     max_columns: int = 60,
 ) -> str | None:
-    """Shares in [0, 1] by row and x; steps beyond `max_columns` are averaged in equal bins. None if all are gaps.
+    """Shares in [0, 1] by row and x, averaged in equal bins beyond `max_columns`; None if all are gaps.
 
     Args:
         rows: (label, value per x), the first at the bottom.
@@ -357,6 +363,10 @@ def heat_map(
                 f'<rect class="hit cell {css}" x="{_n(left + j * width)}" y="{_n(y)}" width="{_n(width)}" '
                 f'height="{_n(row_height)}"><title>{escape(tip)}</title></rect>'
             )
+            if value is None:
+                parts.append(
+                    f'<path class="axis" d="M{_n(left + j * width)} {_n(y)}l{_n(width)} {_n(row_height)}"/>'
+                )
     wanted = _x_ticks(x[0], x[-1], whole=True) if x[-1] > x[0] else [x[0]]
     for tick in wanted:
         j = next(j for j, part in enumerate(parts_of_x) if x[part[-1]] >= tick)
@@ -398,7 +408,7 @@ def scatter(
     x_label: str,
     y_label: str,
     description: str,
-    legend: Sequence[tuple[str, str, str]],
+    legend: Sequence[Sequence[tuple[str, str, str]]],
     height: float = 380,
 ) -> str | None:
     """Shares in [0, 1] (y) against a positive quantity (x); None without points.
@@ -407,7 +417,7 @@ def scatter(
 
     Args:
         iso_lines: lines through the origin, labelled where they leave the plot.
-        legend: (label, colour class, shape) entries, drawn above the plot.
+        legend: rows of (label, colour class, shape) entries, drawn above the plot.
     """
     points = [p for p in points if finite(p.x) and finite(p.y) and p.x > 0]
     if not points:
@@ -420,10 +430,9 @@ def scatter(
     else:
         x_ticks = nice_ticks(0, x_max * 1.08, 6)
         x_low, x_high = 0.0, x_ticks[-1]
-    rows = _legend_rows(legend)
-    top = 34 + 20 * len(rows)
+    top = 34 + 20 * len(legend)
     frame = _Frame(52, WIDTH - 16, top, height - 44, x_low, x_high, 0, 1.05, log_x=log_x)
-    parts = _draw_legend(rows)
+    parts = _draw_legend(legend)
     parts += frame.axes(x_ticks, [0, 0.2, 0.4, 0.6, 0.8, 1], x_label, y_label, percent)
     boxes = [(frame.x(p.x) - 7, frame.y(p.y) - 7, frame.x(p.x) + 7, frame.y(p.y) + 7) for p in points]
     parts += [_draw_iso(frame, line, boxes) for line in iso_lines]
@@ -435,30 +444,20 @@ def scatter(
     return _svg(height, description, parts)
 
 
-def _legend_rows(legend: Sequence[tuple[str, str, str]]) -> list[list[tuple[float, str, str, str]]]:
-    rows: list[list[tuple[float, str, str, str]]] = [[]]
-    x = 8.0
-    for label, colour, shape in legend:
-        width = 30 + _TEXT * len(label)
-        if x + width > WIDTH and rows[-1]:
-            rows.append([])
-            x = 8.0
-        rows[-1].append((x, label, colour, shape))
-        x += width
-    return rows
-
-
-def _draw_legend(rows: list[list[tuple[float, str, str, str]]]) -> list[str]:
+def _draw_legend(rows: Sequence[Sequence[tuple[str, str, str]]]) -> list[str]:
     parts = []
     for i, row in enumerate(rows):
-        y = 12 + 20 * i
-        for x, label, colour, shape in row:
+        x, y = 8.0, 12 + 20 * i
+        for label, colour, shape in row:
             parts.append(_mark(shape, x + 6, y, f"mark {colour}"))
             parts.append(_text(x + 16, y + 4, label, "tick"))
+            x += 34 + _TEXT * len(label)
     return parts
 
 
-def _overlaps(box: tuple[float, float, float, float], others: Sequence[tuple[float, float, float, float]]) -> bool:
+def _overlaps(
+    box: tuple[float, float, float, float], others: Sequence[tuple[float, float, float, float]]
+) -> bool:
     return any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in others)
 
 
@@ -502,5 +501,6 @@ def share_bar(share: float) -> str:
     width = max(0.0, min(1.0, share)) * 100
     return (
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
-        f'<rect class="track" width="100" height="10"/><rect class="fill" width="{width:.1f}" height="10"/></svg>'
+        f'<rect class="track" width="100" height="10"/><rect class="fill" width="{width:.1f}" height="10"/>'
+        "</svg>"
     )

@@ -1,7 +1,8 @@
 """Read a run folder for the report, whatever state the run was left in.
 
 Guarantees: never fails on a missing, truncated or partly written file. What could not be read is listed in
-`Run.problems`, one sentence each. A step that was logged twice (a resumed run repeats steps) keeps its last row.
+`Run.problems`, one sentence each. A step that was logged twice (a resumed run repeats steps) keeps its last
+row.
 Leaves to others: what the numbers mean (`tables`, `build`).
 """
 
@@ -17,7 +18,16 @@ from typing import Any
 from autotool_fast.errors import UserError
 
 RUN_FILES = ("config.json", "metrics.jsonl", "results.json", "transcripts.jsonl")
-STAGES = ("base", "label", "warmup", "distill", "refine", "rl", "eval")
+STAGE_NAMES = {
+    "base": "Base training",
+    "label": "Labelling",
+    "warmup": "Warm-up SFT",
+    "distill": "Distilled SFT",
+    "refine": "Data refinement",
+    "rl": "RL",
+    "eval": "Evaluation",
+}
+STAGES = tuple(STAGE_NAMES)
 
 Row = Mapping[str, Any]
 
@@ -48,7 +58,7 @@ class Run:
         return found if isinstance(found, dict) and found else None
 
     def setting(self, name: str) -> Any:
-        """First configuration value whose dotted name is `name` or ends with `.name`; None if there is none."""
+        """First configuration value whose dotted name is `name` or ends with `.name`, else None."""
         for key, value in flatten(self.config):
             if key == name or key.endswith("." + name):
                 return value
@@ -87,7 +97,9 @@ def load_run(run_dir: Path) -> Run:
         UserError: not a directory, or it holds none of `RUN_FILES`.
     """
     if not run_dir.is_dir():
-        raise UserError("no such run folder", where=str(run_dir), remedy="pass the folder a training run wrote")
+        raise UserError(
+            "no such run folder", where=str(run_dir), remedy="pass the folder a training run wrote"
+        )
     if not any((run_dir / name).exists() for name in RUN_FILES):
         raise UserError(
             "not a run folder: it has none of " + ", ".join(RUN_FILES),
@@ -104,7 +116,9 @@ def load_run(run_dir: Path) -> Run:
         config=as_dict(config.get("config", config)),
         versions=as_dict(config.get("versions")),
         stages=_by_stage(metrics),
-        models={name: value for name, value in as_dict(results.get("models")).items() if isinstance(value, dict)},
+        models={
+            name: value for name, value in as_dict(results.get("models")).items() if isinstance(value, dict)
+        },
         acu_unit=str(results.get("acu_unit") or ""),
         transcripts=transcripts,
         problems=problems,

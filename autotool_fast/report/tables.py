@@ -1,36 +1,27 @@
 """The numbers of the report: headline, comparison, premise, stage and timing tables.
 
-Pure functions from a `Run` to plain data (strings and small dataclasses) that page.html lays out. A figure that the
-run does not have is a dash, a table without any figure is None. Percentages are of tasks, tokens are response tokens
-(sampled ones), times are wall-clock.
+Pure functions from a `Run` to plain data (strings and small dataclasses) that page.html lays out. A figure
+that the run does not have is a dash. Percentages are of tasks, tokens are response tokens (sampled ones), times
+are wall-clock.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from autotool_fast.report.charts import heat_level, mean, percent, plain, share_bar
-from autotool_fast.report.load import STAGES, Row, Run, number
+from autotool_fast.report.load import STAGE_NAMES, STAGES, Row, Run, number
 
 DASH = "–"
 BANDS = ("easy", "medium", "hard")
 SCOPES = ("overall", *BANDS)
 MODES = ("auto", "think", "no_think")
 MODEL_NAMES = {"base": "Base", "distilled": "Distilled", "warmup": "Warm-up", "rl": "RL"}
-STAGE_NAMES = {
-    "base": "Base training",
-    "label": "Labelling",
-    "warmup": "Warm-up SFT",
-    "distill": "Distilled SFT",
-    "refine": "Data refinement",
-    "rl": "RL",
-    "eval": "Evaluation",
-}
 RECENT = 10
 
 
@@ -45,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `columns` head the cells of each (row label, cells); `emphasis` is the label of the row to stress."""
+    """`columns` head the cells of each (row label, cells); `emphasis` is the label of the row to stress."""
 
     title: str
     columns: tuple[str, ...]
@@ -57,7 +48,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock time of one stage and where it went; a phase is (name, total, ms per step, share, bar SVG)."""
+    """Wall-clock time of one stage; a phase is (name, total, median ms per row, share, bar SVG)."""
 
     stage: str
     steps: int
@@ -75,16 +66,21 @@ def model_name(model: str) -> str:
     return MODEL_NAMES.get(model, model)
 
 
+def rate(value: float) -> str:
+    """A share in [0, 1] as a percentage with one decimal, so that a column lines up."""
+    return f"{100 * value:.1f}%"
+
+
 def tokens(value: float) -> str:
     """A token count: one decimal below 100, thousands separated above."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def significant(value: float) -> str:
-    """Three significant digits, without an exponent between 0.001 and a million."""
+    """Three significant digits, but at most three decimals down to 0.001; no exponent up to a million."""
     if value == 0 or not 1e-3 <= abs(value) < 1e6:
         return plain(value)
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    digits = min(3, max(0, 2 - math.floor(math.log10(abs(value)))))
     return f"{value:,.{digits}f}"
 
 
@@ -113,6 +109,14 @@ def _show(value: float | None, write: Callable[[float], str]) -> str:
     return DASH if value is None else write(value)
 
 
+MEASURES = (
+    ("Accuracy", "accuracy", rate),
+    ("Thinking rate", "think_rate", rate),
+    ("Response tokens", "tokens", tokens),
+    ("ACU", "acu", significant),
+)
+
+
 def headline(run: Run) -> str:
     """The outcome in one or two computed sentences, for whatever the run has reached."""
     rl = run.cell("rl")
@@ -120,8 +124,9 @@ def headline(run: Run) -> str:
         return _unfinished_headline(run)
     text = (
         f"In auto mode the RL model thinks on {_share(run, 'rl', 'think_rate', 'hard')} of the hard and "
-        f"{_share(run, 'rl', 'think_rate', 'easy')} of the easy test tasks, solves {_share(run, 'rl', 'accuracy')} "
-        f"of the test mix and writes {_show(_get(rl, 'tokens'), tokens)} response tokens per task."
+        f"{_share(run, 'rl', 'think_rate', 'easy')} of the easy test tasks, solves "
+        f"{_share(run, 'rl', 'accuracy')} of the test mix and writes {_show(_get(rl, 'tokens'), tokens)} "
+        "response tokens per task."
     )
     reference = run.cell("distilled")
     if reference is None:
@@ -143,14 +148,20 @@ def _relative(value: float | None, reference: float | None) -> str:
     if value is None or not reference:
         return "an unknown share of them"
     change = value / reference - 1
-    return "as many" if abs(change) < 0.0005 else f"{percent(abs(change))} {'fewer' if change < 0 else 'more'}"
+    return (
+        "as many" if abs(change) < 0.0005 else f"{percent(abs(change))} {'fewer' if change < 0 else 'more'}"
+    )
 
 
 def _unfinished_headline(run: Run) -> str:
     rows = run.rows("rl")
     if not rows:
         reached = [STAGE_NAMES[s] for s in STAGES if run.rows(s)]
-        where = f"the last stage with measurements is {reached[-1]}" if reached else "nothing has been measured yet"
+        where = (
+            f"the last stage with measurements is {reached[-1]}"
+            if reached
+            else "nothing has been measured yet"
+        )
         return f"This run has no RL result: {where}."
     recent = rows[-RECENT:]
 
@@ -181,10 +192,10 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
         return label, _show(value, write), against + note
 
     return [
-        tile("Accuracy", "accuracy", "overall", percent),
-        tile("Accuracy, hard", "accuracy", "hard", percent),
-        tile("Thinks on hard", "think_rate", "hard", percent),
-        tile("Thinks on easy", "think_rate", "easy", percent),
+        tile("Accuracy", "accuracy", "overall", rate),
+        tile("Accuracy, hard", "accuracy", "hard", rate),
+        tile("Thinks on hard", "think_rate", "hard", rate),
+        tile("Thinks on easy", "think_rate", "easy", rate),
         tile("Response tokens", "tokens", "overall", tokens),
         tile("ACU", "acu", "overall", significant),
     ]
@@ -195,14 +206,13 @@ def final_tables(run: Run) -> list[Table]:
     models = [m for m in model_order(run) if run.cell(m) is not None]
     if not models:
         return []
-    unit = run.acu_unit or "unit not recorded"
-    measures = (
-        ("Accuracy", "accuracy", percent, "share of tasks solved"),
-        ("Thinking rate", "think_rate", percent, "share of replies that open with [think]"),
-        ("Response tokens", "tokens", tokens, "mean per task"),
-        ("ACU", "acu", significant, unit),
+    notes = (
+        "share of tasks solved",
+        "share of replies that open with [think]",
+        "mean per task",
+        run.acu_unit or "unit not recorded",
     )
-    return [_measure_table(run, models, *measure) for measure in measures]
+    return [_measure_table(run, models, *m, note) for m, note in zip(MEASURES, notes, strict=True)]
 
 
 def _measure_table(
@@ -229,12 +239,30 @@ def _measure_table(
     return Table(title, ("All", "Easy", "Medium", "Hard"), tuple(rows), note, emphasis=model_name("rl"))
 
 
+def mode_table(run: Run) -> Table | None:
+    """Overall figures of every model in every mode, None without an evaluation."""
+    rows = []
+    for model in model_order(run):
+        for mode in MODES:
+            cell = run.cell(model, mode)
+            if cell is not None:
+                values = ((_get(cell, key), write) for _, key, write in MEASURES)
+                rows.append((f"{model_name(model)} · {mode}", tuple(Cell(_show(*v)) for v in values)))
+    if not rows:
+        return None
+    return Table(
+        "All models and modes", ("Accuracy", "Thinks", "Tokens", "ACU"), tuple(rows), emphasis="RL · auto"
+    )
+
+
 def _change(new: float | None, old: float | None, key: str) -> str:
     if new is None or old is None:
         return DASH
     if key in ("accuracy", "think_rate"):
-        return f"{100 * (new - old):+.1f} pt"
-    return f"{100 * (new / old - 1):+.0f}%" if old else DASH
+        text = f"{100 * (new - old):+.1f} pt"
+    else:
+        text = f"{100 * (new / old - 1):+.0f}%" if old else DASH
+    return text.replace("-", "−")
 
 
 def interval_note(run: Run) -> str:
@@ -250,15 +278,16 @@ def interval_note(run: Run) -> str:
     if not widths[True] or not widths[False]:
         return ""
     return (
-        f"Half-width of the 95% interval (Wilson, over tasks): at most {100 * max(widths[True]):.1f} points overall, "
-        f"{100 * max(widths[False]):.1f} in a band."
+        f"Half-width of the 95% interval of an accuracy (Wilson, over tasks): at most "
+        f"{100 * max(widths[True]):.1f} points overall, {100 * max(widths[False]):.1f} in a band."
     )
 
 
 def premise_tables(run: Run) -> list[Table]:
-    """Accuracy with the mode forced, by family and difficulty, one table per model, the first model first."""
+    """Accuracy with the mode forced, by family and difficulty: the first model, RL, then the others."""
     tables = []
-    for model in model_order(run):
+    models = model_order(run)
+    for model in sorted(models, key=lambda m: 0 if m == models[0] else 1 if m == "rl" else 2):
         found: dict[tuple[str, float], dict[str, Row]] = {}
         for mode in ("no_think", "think"):
             cells = run.models[model].get(mode)
@@ -284,10 +313,17 @@ def _premise_table(model: str, found: dict[tuple[str, float], dict[str, Row]]) -
                 if value is None:
                     cells.append(Cell("", "not in the test split"))
                     continue
-                tip = f"{family}, k = {plain(k)}, {mode}: {percent(value)}" + (f", n = {plain(n)}" if n else "")
+                tip = f"{family}, k = {plain(k)}, {mode}: {percent(value)}" + (
+                    f", n = {plain(n)}" if n else ""
+                )
                 cells.append(Cell(f"{100 * value:.0f}", tip, heat_level(value)))
             rows.append((f"{family} · {mode}", tuple(cells)))
-    return Table(model_name(model), tuple(f"k={plain(k)}" for k in difficulties), tuple(rows), corner="family · forced mode")
+    return Table(
+        model_name(model),
+        tuple(f"k={plain(k)}" for k in difficulties),
+        tuple(rows),
+        corner="family · forced mode",
+    )
 
 
 _GROUPED = re.compile(r"^(?P<name>.+)/(?P<column>k\d+|all|easy|medium|hard)$")
@@ -299,7 +335,11 @@ def stage_tables(run: Run, stage: str) -> list[Table]:
     values: dict[str, float] = {}
     for row in run.rows(stage):
         for key, value in row.items():
-            if key not in ("step", "seconds") and not key.startswith("time/") and (v := number(value)) is not None:
+            if (
+                key not in ("step", "seconds")
+                and not key.startswith("time/")
+                and (v := number(value)) is not None
+            ):
                 values[key] = v
     matrix: dict[str, dict[str, float]] = {}
     single: dict[str, float] = {}
@@ -313,20 +353,21 @@ def stage_tables(run: Run, stage: str) -> list[Table]:
     if matrix:
         columns = sorted({c for row in matrix.values() for c in row}, key=_column_key)
         rows = tuple(
-            (name, tuple(Cell(_show(row.get(c), significant_or_whole)) for c in columns))
+            (name, tuple(Cell(_show(row.get(c), _writer(row.values()))) for c in columns))
             for name, row in matrix.items()
         )
         heads = tuple(f"k={c[1:]}" if c not in _COLUMN_ORDER else c for c in columns)
         tables.append(Table("By difficulty", heads, rows))
     if single:
-        rows = tuple((name, (Cell(significant_or_whole(value)),)) for name, value in single.items())
+        rows = tuple((name, (Cell(_writer([value])(value)),)) for name, value in single.items())
         tables.append(Table("Totals", ("value",), rows))
     return tables
 
 
-def significant_or_whole(value: float) -> str:
-    """A count as a whole number, anything else with three significant digits."""
-    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e6 else significant(value)
+def _writer(values: Iterable[float]) -> Callable[[float], str]:
+    """One format for values that stand beside each other: counts whole, anything else to three digits."""
+    whole = all(value == int(value) and abs(value) < 1e9 for value in values)
+    return (lambda value: f"{value:,.0f}") if whole else significant
 
 
 def _column_key(column: str) -> tuple[int, int]:
@@ -346,33 +387,33 @@ def stage_seconds(rows: Sequence[Row]) -> float:
 
 
 def timings(run: Run) -> list[Timing]:
-    """Wall-clock time by stage, and the phases (`time/...`, milliseconds per row) inside it."""
-    tables = []
-    for stage in [s for s in STAGES if run.rows(s)] + [s for s in run.stages if s not in STAGES]:
-        rows = run.rows(stage)
-        wall = stage_seconds(rows)
-        names = list(dict.fromkeys(key for row in rows for key in row if key.startswith("time/")))
-        phases: list[tuple[str, float, float | None]] = []
-        for name in names:
-            ms = [v for row in rows if (v := _get(row, name)) is not None]
-            if ms:
-                phases.append((name.removeprefix("time/"), sum(ms) / 1000, median(ms)))
-        timed = sum(seconds for _, seconds, _ in phases)
-        if phases and wall > timed * 1.005:
-            phases.append(("not timed", wall - timed, None))
-        whole = max(wall, timed) or 1.0
-        tables.append(
-            Timing(
-                STAGE_NAMES.get(stage, stage),
-                len(rows),
-                duration(wall),
-                tuple(
-                    (name, duration(seconds), _show(ms, lambda v: f"{v:,.1f}"), percent(seconds / whole), share_bar(seconds / whole))
-                    for name, seconds, ms in phases
-                ),
-            )
-        )
-    return tables
+    """Wall-clock time by stage, and the phases (`time/...`, milliseconds per logged step) inside it."""
+    stages = [s for s in STAGES if run.rows(s)] + [s for s in run.stages if s not in STAGES]
+    return [_timing(STAGE_NAMES.get(stage, stage), run.rows(stage)) for stage in stages]
+
+
+def _timing(name: str, rows: Sequence[Row]) -> Timing:
+    wall = stage_seconds(rows)
+    phases = []
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith("time/")):
+        ms = [v for row in rows if (v := _get(row, key)) is not None]
+        if ms:
+            phases.append((key.removeprefix("time/"), sum(ms) / 1000, f"{median(ms):,.1f}"))
+    # rows of a stage that logs every n-th step do not add up to its time
+    sparse = float(rows[-1]["step"]) - float(rows[0]["step"]) + 1 > 1.5 * len(rows)
+    if sparse:
+        return Timing(name, len(rows), duration(wall), tuple((n, DASH, ms, DASH, "") for n, _, ms in phases))
+    timed = sum(seconds for _, seconds, _ in phases)
+    if phases and wall > timed * 1.005:
+        phases.append(("not timed", wall - timed, DASH))
+    whole = max(wall, timed) or 1.0
+    shares = ((n, s, ms, s / whole) for n, s, ms in phases)
+    return Timing(
+        name,
+        len(rows),
+        duration(wall),
+        tuple((n, duration(s), ms, rate(share), share_bar(share)) for n, s, ms, share in shares),
+    )
 
 
 def recovery(run: Run, window: int = 15, level: float = 0.7) -> dict[str, Any] | None:
@@ -381,8 +422,8 @@ def recovery(run: Run, window: int = 15, level: float = 0.7) -> dict[str, Any] |
     Uses the trailing `window`-step mean of `think_rate/hard`. None with fewer than `window` measured steps.
 
     Returns:
-        `low` and `low_step`: the smallest mean and its step; `step`: first later step with a mean above `level`
-        (None if never); `last`: the last mean.
+        `low` and `low_step`: the smallest mean and its step; `step`: the first later step with a mean above
+        `level`, None if never; `last`: the last mean.
     """
     points = [(float(r["step"]), v) for r in run.rows("rl") if (v := _get(r, "think_rate/hard")) is not None]
     if len(points) < window:
@@ -393,4 +434,11 @@ def recovery(run: Run, window: int = 15, level: float = 0.7) -> dict[str, Any] |
     ]
     low_step, low = min(means, key=lambda pair: pair[1])
     step = next((s for s, m in means if s > low_step and m > level), None) if low <= level else None
-    return {"low": low, "low_step": low_step, "step": step, "last": means[-1][1], "window": window, "level": level}
+    return {
+        "low": low,
+        "low_step": low_step,
+        "step": step,
+        "last": means[-1][1],
+        "window": window,
+        "level": level,
+    }

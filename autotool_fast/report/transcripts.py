@@ -1,7 +1,7 @@
 """Sampled transcripts for the report: which ones to show, and their tokens as coloured stretches.
 
-Each token keeps its source (prompt, sampled, tool) and a sampled one its entropy; neighbouring tokens that look the
-same and carry no tooltip are merged. The text is model output: it is never marked as safe, the template escapes it.
+A sampled token keeps its own stretch with its entropy; neighbouring prompt or tool tokens are merged. The text
+is model output: it is never marked as safe, the template escapes it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from autotool_fast.report.charts import bins, plain
-from autotool_fast.report.load import Row, number
+from autotool_fast.report.load import STAGE_NAMES, Row, number
 
 ENTROPY_EDGES = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Lower edges in nats of the shades 1 .. 6; below the first a token is not shaded."""
@@ -28,7 +28,7 @@ _PROMPT, _SAMPLED, _TOOL = 0, 1, 2
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text: kind is prompt, sampled, tool or cut; `shade` 0 .. 6; folded pieces go into <details>."""
+    """A stretch of text: kind is prompt, sampled, tool or cut; `fold` is the summary if it is folded."""
 
     kind: str
     text: str
@@ -59,12 +59,12 @@ def entropy_shade(entropy: float) -> int:
 def legend() -> list[tuple[int, str]]:
     """(shade, range in nats) entries."""
     edges = [plain(e) for e in ENTROPY_EDGES]
-    inner = [(i + 1, f"{a}–{b}") for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))]
+    inner = [(i + 1, f"{a}–{b}") for i, (a, b) in enumerate(pairwise(edges))]
     return [(0, f"< {edges[0]}"), *inner, (len(edges), f"≥ {edges[-1]}")]
 
 
 def choose(rows: Sequence[Row]) -> list[Row]:
-    """At most `MAX_SHOWN` rows: `MAX_STEPS` moments from last to first, in each one difficulty after another."""
+    """At most `MAX_SHOWN` rows of `MAX_STEPS` moments, the last first, each over all difficulties."""
     usable = [row for row in rows if isinstance(row.get("tokens"), list) and row["tokens"]]
     moments = list(dict.fromkeys((str(row.get("stage")), number(row.get("step")) or 0.0) for row in usable))
     if len(moments) > MAX_STEPS:
@@ -96,11 +96,14 @@ def _vary(rows: Sequence[Row]) -> list[Row]:
 def transcript(row: Row) -> Transcript:
     """Lay out one row of transcripts.jsonl; tokens that are not as described are left out."""
     tokens = [t for t in row["tokens"] if isinstance(t, dict) and isinstance(t.get("text"), str)]
-    entropies = [e for t in tokens if t.get("source") == _SAMPLED and (e := number(t.get("entropy"))) is not None]
+    entropies = [
+        e for t in tokens if t.get("source") == _SAMPLED and (e := number(t.get("entropy"))) is not None
+    ]
     sampled = sum(t.get("source") == _SAMPLED for t in tokens)
     reward, step, k = (number(row.get(key)) for key in ("reward", "step", "difficulty"))
     names = [
-        str(row.get("stage", "")) + (f" step {plain(step)}" if step is not None else ""),
+        STAGE_NAMES.get(str(row.get("stage")), str(row.get("stage", "")))
+        + (f" step {plain(step)}" if step is not None else ""),
         str(row.get("family", "")) + (f" k={plain(k)}" if k is not None else ""),
         str(row.get("task_id", "")),
     ]
