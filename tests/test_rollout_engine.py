@@ -1,0 +1,275 @@
+"""The slot engine against plain Hugging Face forwards and `generate`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from autotool_kernels import linear_logp_entropy
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from autotool_fast.errors import UserError
+from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.rng import row_seeds
+
+VOCAB = 40
+STOP = 3
+# Log-probs of the engine and of a full forward differ by summation order only: a few roundings (2^-24 relative)
+# of logits of size 5 or so, about 3e-6. 1e-5 is the bar the project sets for decode against trainer.
+ATOL = 1e-5
+
+ARCHITECTURES = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"num_key_value_heads": 2, "head_dim": 8}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+}
+
+
+def make_model(architecture="qwen3", **changes):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config_class, model_class, extra = ARCHITECTURES[architecture]
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **{"initializer_range": 0.2, **extra, **changes},
+    )
+    return model_class(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def prompts_of(*lengths):
+    generator = np.random.default_rng(0)
+    return [generator.integers(4, VOCAB, length) for length in lengths]
+
+
+def run_engine(engine, prompts, *, group_size=1, new=20, temperature=1.0, turns=1, tool=(), stop=()):
+    """Sample every row to its end; each turn but the last is followed by the `tool` tokens."""
+    rows, left = {}, {}
+    with engine.session(stop_ids=stop, temperature=temperature):
+        for group, prompt in enumerate(prompts):
+            keys = range(group * group_size, (group + 1) * group_size)
+            left.update(dict.fromkeys(keys, turns))
+            engine.submit(prompt, keys, row_seeds(1, 2, group, np.arange(group_size)), new)
+        while engine.busy:
+            for key, _ in engine.step():
+                left[key] -= 1
+                if left[key]:
+                    engine.extend(key, tool, new)
+                else:
+                    row = engine.row(key)
+                    rows[key] = (row.ids.copy(), row.logp.copy(), row.entropy.copy())
+                    engine.release(key)
+    return [rows[key] for key in sorted(rows)]
+
+
+def full_forward(model, ids, temperature=1.0):
+    """Log-prob and entropy of tokens 1.. from one uncached forward."""
+    ids = torch.from_numpy(ids)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+        weight = model.get_output_embeddings().weight
+        return linear_logp_entropy(hidden, weight, ids[1:], temperature=temperature or 1.0)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_greedy_equals_generate(architecture):
+    model = make_model(architecture, initializer_range=0.8)  # less prone to repeat one token
+    prompts = prompts_of(1, 2, 5, 9, 17, 30)
+    # 4 slots for 6 prompts: refill; chunks of 8: long prompts take several steps while others decode.
+    engine = SlotEngine(model, slots=4, max_len=64, prefill_chunk=8)
+    rows = run_engine(engine, prompts, temperature=0.0)
+    seen = set()
+    for prompt, (ids, _, _) in zip(prompts, rows, strict=True):
+        inputs = torch.from_numpy(prompt)[None]
+        expected = model.generate(inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+        assert ids.tolist() == expected.tolist()
+        seen.update(ids[len(prompt) :].tolist())
+    assert len(seen) > 10  # a model that always says the same would prove nothing
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_recorded_statistics_equal_a_full_forward(architecture, temperature):
+    model = make_model(architecture)
+    prompts = prompts_of(3, 12, 20)
+    engine = SlotEngine(model, slots=5, max_len=64, prefill_chunk=8)
+    rows = run_engine(engine, prompts, group_size=4, temperature=temperature)
+    for index, (ids, logp, entropy) in enumerate(rows):
+        start = len(prompts[index // 4])
+        expected = full_forward(model, ids, temperature)
+        np.testing.assert_allclose(logp[start:], expected.logp[start - 1 :], atol=ATOL)
+        np.testing.assert_allclose(entropy[start:], expected.entropy[start - 1 :], atol=ATOL)
+        assert not logp[:start].any()
+        assert not entropy[:start].any()
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4, 16])
+def test_every_token_enters_the_model_once(model, slots):
+    prompts, tool = prompts_of(3, 12, 20), prompts_of(11)[0]
+    engine = SlotEngine(model, slots=slots, max_len=96, prefill_chunk=4)
+    fed = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: fed.extend(args[0].flatten().tolist())
+    )
+    rows = run_engine(engine, prompts, group_size=4, new=10, turns=3, tool=tool)
+    hook.remove()
+    expected = [token for prompt in prompts for token in prompt.tolist()]
+    for index, (ids, _, _) in enumerate(rows):
+        expected += ids[len(prompts[index // 4]) : -1].tolist()  # nothing follows the last sampled token
+    assert sorted(fed) == sorted(expected)
+    assert engine.stats.prefill_tokens + engine.stats.decode_tokens == len(expected)
+
+
+def test_cache_kept_across_turns_agrees_with_a_full_forward(model):
+    prompts, tool = prompts_of(5, 14), prompts_of(11)[0]
+    engine = SlotEngine(model, slots=3, max_len=128, prefill_chunk=4)
+    for index, (ids, logp, entropy) in enumerate(
+        run_engine(engine, prompts, group_size=3, new=12, turns=3, tool=tool, stop=[STOP])
+    ):
+        expected = full_forward(model, ids)
+        sampled = np.flatnonzero(logp)
+        assert sampled[0] == len(prompts[index // 3])
+        np.testing.assert_allclose(logp[sampled], expected.logp[sampled - 1], atol=ATOL)
+        np.testing.assert_allclose(entropy[sampled], expected.entropy[sampled - 1], atol=ATOL)
+
+
+def test_rows_do_not_depend_on_batch_layout(model):
+    prompts, tool = prompts_of(1, 7, 12, 20), prompts_of(5)[0]
+    kwargs = {"group_size": 6, "turns": 2, "tool": tool, "stop": [STOP]}
+    wide = run_engine(SlotEngine(model, slots=64, max_len=96, prefill_chunk=64), prompts, **kwargs)
+    assert len({tuple(ids) for ids, _, _ in wide}) == len(wide)  # different seeds give different rows
+    for slots, chunk in ((4, 64), (7, 3), (1, 16)):
+        other = run_engine(SlotEngine(model, slots=slots, max_len=96, prefill_chunk=chunk), prompts, **kwargs)
+        for (ids, logp, _), (other_ids, other_logp, _) in zip(wide, other, strict=True):
+            assert ids.tolist() == other_ids.tolist()
+            np.testing.assert_allclose(logp, other_logp, atol=ATOL)
+
+
+def test_stop_token_ends_a_turn_and_is_part_of_it(model):
+    engine = SlotEngine(model, slots=8, max_len=96)
+    prompt = prompts_of(4)[0]
+    reasons = set()
+    with engine.session(stop_ids=[STOP], temperature=2.0):
+        engine.submit(prompt, range(32), row_seeds(0, 0, 0, np.arange(32)), 30)
+        while engine.busy:
+            for key, stopped in engine.step():
+                sampled = engine.row(key).ids[4:]
+                assert STOP not in sampled[:-1]
+                assert (sampled[-1] == STOP) == stopped
+                assert len(sampled) == 30 or stopped
+                reasons.add(stopped)
+                engine.release(key)
+    assert reasons == {True, False}
+
+
+def test_session_leaves_the_model_as_it_was():
+    model = make_model()
+    model.train()
+    model.model.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    before = model.config._attn_implementation
+    engine = SlotEngine(model, slots=4, max_len=64)
+
+    def interrupted():
+        with engine.session(stop_ids=[], temperature=1.0):
+            engine.submit([5, 6, 7], range(6), row_seeds(0, 0, 0, np.arange(6)), 5)
+            engine.step()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert model.config._attn_implementation == before
+    assert [module.training for module in model.modules()] == flags
+    assert not engine.busy
+    loss = model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_engine_sees_new_weights():
+    model = make_model()
+    engine = SlotEngine(model, slots=4, max_len=64)
+    prompts = prompts_of(6)
+    run_engine(engine, prompts, temperature=0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ids, logp, _ = run_engine(engine, prompts, temperature=0.0)[0]
+    np.testing.assert_allclose(logp[6:], full_forward(model, ids).logp[5:], atol=ATOL)
+
+
+def test_non_finite_logits_stop_the_run_and_leave_no_trace():
+    model = make_model()
+    engine = SlotEngine(model, slots=2, max_len=64)
+    prompts = prompts_of(6)
+    expected = run_engine(engine, prompts)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    saved = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        run_engine(engine, prompts)
+    weight.data.copy_(saved)
+    assert run_engine(engine, prompts)[0][0].tolist() == expected[0][0].tolist()
+
+
+def test_models_it_cannot_serve_are_refused():
+    sliding = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(UserError, match="full attention"):
+        SlotEngine(sliding, slots=2, max_len=64)
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["full_attention"] * 2,
+    )
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        SlotEngine(Gemma2ForCausalLM(config), slots=2, max_len=64)
+
+
+def test_attention_refuses_to_run_outside_the_engine(model):
+    model.config._attn_implementation = "autotool_slots"
+    try:
+        with pytest.raises(ValueError, match="slot engine"):
+            model(torch.tensor([[5, 6]]))
+    finally:
+        model.config._attn_implementation = "sdpa"
+
+
+def test_row_seeds_are_pure_and_distinct():
+    seeds = [
+        row_seeds(seed, step, group, np.arange(8))
+        for seed in (0, 1)
+        for step in (0, 1, 2)
+        for group in range(4)
+    ]
+    assert all(s.dtype == np.int64 for s in seeds)
+    assert len(np.unique(np.concatenate(seeds))) == 2 * 3 * 4 * 8
+    np.testing.assert_array_equal(seeds[0][[2, 5]], row_seeds(0, 0, 0, np.array([2, 5])))
+    # All bits in use: over 192 seeds a fair bit's mean stays within 5 standard deviations, 5 * 0.5 / sqrt(192).
+    bits = np.unpackbits(np.concatenate(seeds).view(np.uint8)).reshape(-1, 64)
+    assert np.abs(bits.mean(0) - 0.5).max() < 0.18
