@@ -87,7 +87,7 @@ def save(
     from safetensors import SafetensorError
 
     assert keep_last >= 1
-    final = directory / f"step-{step:08d}"
+    final = directory / _name(step)
     temporary = directory / f".tmp-{final.name}-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,8 @@ def damage(path: Path) -> str | None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, recorded = manifest["format"], manifest.get("files", {})
+        version, step = str(manifest["format"]), int(manifest["step"])
+        recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -147,17 +148,19 @@ def damage(path: Path) -> str | None:
     if version != FORMAT:
         problem = f"has format {version!r}, this version reads {FORMAT!r}"
         raise UserError(problem, where=str(path), remedy="resume with the version that wrote it")
+    if path.name != _name(step):
+        return f"{MANIFEST} is of step {step}"
     for name in (STATE, TENSORS):
         if name not in recorded:
             return f"{MANIFEST} does not list {name}"
-    for name, expected in recorded.items():
+    for name, (size, sha256) in recorded.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        found = file.stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if _sha256(file) != sha256:
             return f"{name} does not match its SHA-256"
     return None
 
@@ -328,6 +331,10 @@ def _recover(directory: Path) -> None:
     for pattern in (".old-step-*", ".tmp-step-*"):
         for path in list(directory.glob(pattern)):
             shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
 
 
 def _by_step(directory: Path) -> dict[int, Path]:

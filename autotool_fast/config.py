@@ -119,17 +119,17 @@ class BaseConfig(SftConfig):
 
 @dataclass(frozen=True)
 class LabelConfig(Section):
-    """Stage label: k forced no-think samples per prompt decide between the short and the long answer."""
+    """Stage label: k samples per prompt and forced mode decide between the short and the long answer."""
 
     section: ClassVar[str] = "label"
 
     prompts: int = number(1200, low=1)
     """Prompts to label."""
     k: int = number(8, low=1)
-    """Samples per prompt."""
+    """Samples per prompt and mode."""
     rule: Literal["start", "any", "threshold"] = "start"
-    """any: short if one sample is right; threshold: short if the share of right ones reaches label.threshold;
-    start: the rule that --start names."""
+    """any: short if one no-think sample is right; threshold: short if the share of right ones reaches
+    label.threshold; start: the rule that --start names."""
     threshold: float = number(0.5, above=0.0, high=1.0)
     """Share of right samples from which the short answer is the label."""
 
@@ -166,6 +166,9 @@ class RefineConfig(Section):
     """Share dropped of the prompts whose samples are all wrong."""
     keep: float = number(0.5, above=0.0, high=1.0)
     """Share kept of the rest, lowest variance over rounds first."""
+    rank: Literal["all", "informative"] = "all"
+    """all: every remaining prompt is ranked by its variance; informative: those whose reward never moved come
+    last."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,9 @@ class RLConfig(Section):
     normalize: Literal["sequences", "tokens"] | float = number("sequences", above=0.0)  # type: ignore[arg-type]
     """sequences: mean per response, then over responses; tokens: mean over all trained tokens; a number: the
     sum over trained tokens divided by it."""
+    constant_groups: Literal["entropy", "exclude"] = "entropy"
+    """Groups without a reward difference. entropy: they keep their entropy term; exclude: they leave the loss
+    and its normaliser."""
     temperature: float = number(1.0, above=0.0)
     """Sampling temperature of the rollouts."""
     correct_short: float = 1.0
@@ -204,7 +210,9 @@ class RLConfig(Section):
     wrong_short: float = -1.0
     """Reward of a wrong answer without thinking."""
     malformed: float = -1.5
-    """Reward of a reply that breaks the format."""
+    """Reward of a reply that breaks the format or runs out of budget."""
+    format_mode: Literal["gate", "add"] = "gate"
+    """gate: rl.malformed replaces the reward of the answer; add: it is added to it."""
     entropy_scope: Literal["reply", "think", "mode", "blend"] = "reply"
     """Tokens over which a response's entropy is averaged: all sampled ones, the thinking, the mode tag, or
     half the mode tag and half the reply."""

@@ -37,7 +37,7 @@ def stage_summary(config: TrainConfig, stage: Stage) -> str:
         return f"{sft.steps:,} steps of {sft.batch} sequences, lr {sft.lr:g}"
     if stage == "label":
         rule = f"threshold {label.threshold:g}" if config.label_rule == "threshold" else "any"
-        return f"{label.prompts:,} prompts, {label.k} samples each, rule {rule}"
+        return f"{label.prompts:,} prompts, {label.k} samples each and mode, rule {rule}"
     if stage == "refine":
         if not refine.enabled:
             return f"off: all {refine.prompts:,} prompts are used"
@@ -52,7 +52,7 @@ def stage_tokens(config: TrainConfig, stage: Stage) -> int:
     """Upper bound of the tokens a training stage samples (episodes times `rollout.max_new_tokens`)."""
     refine, rl = config.refine, config.rl
     episodes = {
-        "label": config.label.prompts * config.label.k,
+        "label": config.label.prompts * config.label.k * 2,  # both modes
         "refine": refine.enabled * refine.prompts * refine.rounds * rl.group_size,
         "rl": rl.steps * rl.prompts_per_step * rl.group_size,
     }

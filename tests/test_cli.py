@@ -1,0 +1,175 @@
+"""The command line: options over preset over defaults, one clear line for every mistake, no torch."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from autotool_fast.cli import PRESETS, load_preset
+from autotool_fast.config import STAGES, parse_args
+from autotool_fast.errors import UserError
+
+LIGHT = """
+import sys, atexit
+from autotool_fast.errors import UserError
+heavy = {"torch", "transformers", "numpy", "triton"}
+atexit.register(lambda: print("HEAVY", sorted(heavy & set(sys.modules))))
+from autotool_fast.config import parse_args
+from autotool_fast.plan import describe
+try:
+    print(describe(parse_args(sys.argv[1:])))
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "COLUMNS": "100"}
+    command = [sys.executable, "-c", LIGHT, *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def error_of(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_args(argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_options_override_the_preset_and_the_preset_the_defaults(tmp_path):
+    preset = tmp_path / "own.toml"
+    preset.write_text("seed = 5\n[rl]\nlr = 0.5\nsteps = 7\n")
+    config = parse_args(["--preset", str(preset), "--rl.lr", "0.25"])
+    assert (config.rl.lr, config.rl.steps, config.seed, config.rl.group_size) == (0.25, 7, 5, 8)
+    assert config.preset == str(preset)
+    assert config.out == "runs/own"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
+def test_shipped_presets_are_valid(name):
+    assert load_preset(name).preset == name
+    assert parse_args(["--preset", name]) == load_preset(name)
+
+
+def test_no_options_mean_the_mini_preset():
+    assert parse_args([]) == load_preset("mini")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--stages", "base,label"],
+        ["--stages", "base", "label"],
+        ["--stages=label,base"],
+        ["--stages", "base,", "label"],
+    ],
+)
+def test_lists_may_be_separated_by_commas_or_blanks(argv):
+    assert parse_args([*argv, "--seed", "1"]).stages == ("base", "label")
+
+
+def test_dashes_and_underscores_are_the_same():
+    assert parse_args(["--rl.grad_clip", "2", "--dry-run"]) == parse_args(
+        ["--rl.grad-clip", "2", "--dry_run"]
+    )
+
+
+def test_switches_literals_and_unions():
+    line = "--refine.no-enabled --arm none --start cold --rl.normalize 64 --resume"
+    config = parse_args(line.split())
+    assert not config.refine.enabled
+    assert config.resume
+    assert (config.arm, config.start, config.rl.normalize) == ("none", "cold", 64.0)
+    assert parse_args(["--rl.normalize", "tokens"]).rl.normalize == "tokens"
+    assert parse_args(["--rl.malformed", "-2"]).rl.malformed == -2.0
+
+
+@pytest.mark.parametrize(
+    ("option", "guess"),
+    [
+        ("--rl.lrr", "--rl.lr"),
+        ("--lr", "--rl.lr"),
+        ("--r1.group-size", "--rl.group-size"),
+        ("--stage", "--stages"),
+        ("--dryrun", "--dry-run"),
+        ("--overwite", "--overwrite"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(option, guess):
+    assert f"did you mean {guess}?" in error_of(option, "1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ("--rl.lr abc", ("--rl.lr", "a number", "'abc'")),
+        ("--rl.lr -1", ("rl.lr", "greater than 0")),
+        ("--rl.lr nan", ("--rl.lr",)),
+        ("--rl.lr", ("--rl.lr", "needs a value")),
+        ("--rl.lr 1 2", ("'2'", "one value")),
+        ("--rl.normalize mean", ("--rl.normalize", "sequences", "a number")),
+        ("--seed 1.5", ("--seed", "whole number")),
+        ("--arm decopled", ("--arm", "'decoupled'")),
+        ("--stages base,rll", ("--stages", "'rl'")),
+        ("--stages --seed 1", ("--stages", "needs a value")),
+        ("--resume yes", ("'yes'", "switch")),
+        ("base", ("'base'", "--")),
+        ("-x", ("-x",)),
+        ("--preset smok", ("--preset", "'smoke'")),
+        ("--preset missing/file.toml", ("missing/file.toml", "No such file")),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_and_where(argv, parts):
+    message = error_of(*argv.split())
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[rl]\nlrr = 1\n", ("rl.lrr", "'rl.lr'")),
+        ("[rl\n", ("not valid TOML", "line 1")),
+        ("[rl]\nlr = -1\n", ("rl.lr", "greater than 0")),
+        ("rl = 3\n", ("rl", "table")),
+        ('preset = "mini"\n', ("preset",)),
+    ],
+)
+def test_a_mistake_in_a_preset_names_the_file(tmp_path, text, parts):
+    preset = tmp_path / "p.toml"
+    preset.write_text(text)
+    message = error_of("--preset", str(preset))
+    for part in (str(preset), *parts):
+        assert part in message
+
+
+def test_help_is_complete_quick_and_light():
+    # Best of two: another process may hold the core for a moment, but not always.
+    elapsed = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        result = run("--help")
+        elapsed.append(time.perf_counter() - begin)
+    assert result.returncode == 0
+    assert min(elapsed) < 1.0
+    assert "HEAVY []" in result.stdout
+    for word in ("--rl.beta-long", "--arm", "--stages", "nats", "(default: 0.01)", "runs/mini"):
+        assert word in result.stdout
+
+
+def test_help_shows_the_preset_in_force():
+    assert "runs/smoke" in run("--preset", "smoke", "--help").stdout
+
+
+def test_plan_and_errors_load_nothing_heavy():
+    plan = run("--dry-run", "--preset", "smoke")
+    assert plan.returncode == 0
+    assert "HEAVY []" in plan.stdout
+    assert all(f"stage {stage}" in plan.stdout for stage in STAGES)
+    wrong = run("--rl.lrr", "1")
+    assert wrong.returncode == 2
+    assert "HEAVY []" in wrong.stdout
+    assert wrong.stderr == "unknown option --rl.lrr; did you mean --rl.lr?\n"
