@@ -23,8 +23,8 @@ from autotool_fast.rollout.rng import row_seeds
 
 VOCAB = 40
 STOP = 3
-# Log-probs of the engine and of a full forward differ by summation order only: a few roundings (2^-24 relative)
-# of logits of size 5 or so, about 3e-6. 1e-5 is the bar the project sets for decode against trainer.
+# Log-probs of the engine and of a full forward differ by summation order only: a few roundings (2^-24,
+# relative) of logits of size 5 or so, about 3e-6. 1e-5 is the bar set for decode against trainer.
 ATOL = 1e-5
 
 ARCHITECTURES = {
@@ -270,6 +270,6 @@ def test_row_seeds_are_pure_and_distinct():
     assert all(s.dtype == np.int64 for s in seeds)
     assert len(np.unique(np.concatenate(seeds))) == 2 * 3 * 4 * 8
     np.testing.assert_array_equal(seeds[0][[2, 5]], row_seeds(0, 0, 0, np.array([2, 5])))
-    # All bits in use: over 192 seeds a fair bit's mean stays within 5 standard deviations, 5 * 0.5 / sqrt(192).
+    # All bits in use: over 192 seeds, a fair bit's mean is within 5 standard deviations, 5 * 0.5 / sqrt(192).
     bits = np.unpackbits(np.concatenate(seeds).view(np.uint8)).reshape(-1, 64)
     assert np.abs(bits.mean(0) - 0.5).max() < 0.18
