@@ -22,8 +22,8 @@ _MODULES = {
     "linear_logp_entropy_backward": {"torch": "reference", "triton": "triton_linear"},
     "logits_logp_entropy": {"torch": "reference", "triton": "triton_logits"},
     "logits_logp_entropy_backward": {"torch": "reference", "triton": "triton_logits"},
-    "policy_loss": {"torch": "policy"},
-    "sample_logp_entropy": {"torch": "philox"},
+    "policy_loss": {"torch": "policy", "triton": "triton_policy"},
+    "sample_logp_entropy": {"torch": "philox", "triton": "triton_sample"},
 }
 _FUNCTIONS = {
     "linear_logp_entropy": "linear_forward",

@@ -34,7 +34,7 @@ def online_update(m, s, u, x):
 
 @triton.jit
 def finish(label, m, s, u):
-    """(logp, entropy, log s) from merged statistics and the label's logit, clamped to logp <= 0 <= entropy."""
+    """(logp, entropy, log s) from merged statistics and the label's logit; logp <= 0 <= entropy."""
     log_s = tl.log(s)
     logp = (label - m) - log_s
     entropy = log_s - u / s
