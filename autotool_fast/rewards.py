@@ -45,18 +45,18 @@ class RewardTable:
     def __post_init__(self) -> None:
         for field in fields(self)[:5]:
             if not math.isfinite(getattr(self, field.name)):
-                raise UserError("must be finite", where=f"reward.{field.name}", remedy="give a number")
+                raise UserError("must be finite", where=f"rl.{field.name}", remedy="give a number")
         if self.format_mode not in ("gate", "add"):
             raise UserError(
                 f"unknown format mode {self.format_mode!r}",
-                where="reward.format_mode",
+                where="rl.format_mode",
                 remedy="use 'gate' or 'add'",
             )
         if self.correct_short <= self.wrong_short:
             raise UserError(
                 "a correct short reply must earn more than a wrong one",
-                where="reward.correct_short",
-                remedy="raise it above reward.wrong_short",
+                where="rl.correct_short",
+                remedy="raise it above rl.wrong_short",
             )
 
 

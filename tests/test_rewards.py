@@ -50,7 +50,7 @@ def test_unknown_length_class_is_a_bug_not_a_reward():
 def test_bad_tables_are_refused_in_the_users_words(bad):
     with pytest.raises(UserError) as caught:
         RewardTable(**bad)
-    assert f"reward.{next(iter(bad))}" in str(caught.value)
+    assert f"rl.{next(iter(bad))}" in str(caught.value)
 
 
 def test_threshold_of_the_default_table():
