@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import itertools
 import json
 import math
 import random
@@ -10,10 +13,12 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from autotool_fast.errors import UserError
+from autotool_fast.report import build as build_module
 from autotool_fast.report import charts, tables, transcripts, write_report
 from autotool_fast.report.__main__ import main
 from autotool_fast.report.load import load_run
@@ -80,9 +85,15 @@ def metric_rows(rl_steps: int) -> list[dict]:
             rows.append({"stage": stage, "step": step, "seconds": 0.12 * (step + 1), "loss": loss} | timing)
     label: dict = {"stage": "label", "step": 0, "seconds": 9.1, "prompts": 1200, "dropped": 14}
     for k, share in enumerate((1.0, 0.57, 0.15, 0.13, 0.13, 0.12, 0.11)):
-        label |= {f"mean_no_think/k{k}": share, f"pass@8/k{k}": min(1.0, share + 0.45), f"long/k{k}": 1 - share}
+        label |= {
+            f"mean_no_think/k{k}": share,
+            f"pass@8/k{k}": min(1.0, share + 0.45),
+            f"long/k{k}": 1 - share,
+        }
     rows.append(label)
-    rows.append({"stage": "refine", "step": 0, "seconds": 21.5, "kept": 700, "kept/easy": 210, "kept/hard": 260})
+    rows.append(
+        {"stage": "refine", "step": 0, "seconds": 21.5, "kept": 700, "kept/easy": 210, "kept/hard": 260}
+    )
     rows += [rl_row(step, rng) for step in range(rl_steps)]
     rows.append({"stage": "eval", "step": 0, "seconds": 22.0, "time/generate": 21500.0})
     return rows
@@ -97,13 +108,24 @@ def result_cells(accuracy, think: bool | None, rate=None) -> dict:
             length = 9 + k * 0.2 + share * (8 + 2 * k)
             acc = accuracy(k, share)
             cells.append(
-                {"family": family, "difficulty": k, "n": 100, "accuracy": acc, "think_rate": share, "tokens": length}
+                {
+                    "family": family,
+                    "difficulty": k,
+                    "n": 100,
+                    "accuracy": acc,
+                    "think_rate": share,
+                    "tokens": length,
+                }
                 | {"think_tokens": share * 2 * k, "prompt_tokens": 20.0, "malformed": 0.0}
                 | {"acu": 100 * acc / (0.1036 * length)}
             )
 
     def pool(part: list[dict]) -> dict:
-        cell = {key: sum(c[key] for c in part) / len(part) for key in part[0] if key not in ("family", "difficulty")}
+        cell = {
+            key: sum(c[key] for c in part) / len(part)
+            for key in part[0]
+            if key not in ("family", "difficulty")
+        }
         return cell | {"n": 100 * len(part), "acu": 100 * cell["accuracy"] / (0.1036 * cell["tokens"])}
 
     bands = {b: pool([c for c in cells if band(c["difficulty"]) == b]) for b in ("easy", "medium", "hard")}
@@ -145,16 +167,30 @@ def transcript_rows(n: int = 40) -> list[dict]:
             entropy = rng.choice([0.001, 0.02, 0.07, 0.15, 0.3, 0.7, 1.3]) if source == 1 else 0.0
             return {"text": text, "source": source, "logp": -entropy / 2, "entropy": entropy}
 
-        prompt = "<|im_start|>user\n[tools] goto set\nmap a d c f b e ; from a hop 3<|im_end|>\n<|im_start|>assistant\n"
+        prompt = "<|im_start|>user\n[tools] goto set\nmap a d c f b e ; from a hop 3<|im_end|>\n"
+        prompt += "<|im_start|>assistant\n"
         tokens = [token(word, 0) for word in re.findall(r"\S+\s*", prompt)]
-        reply = f"[{mode}]\n" + ("<think>\nneed goto not set . a d b g\n</think>\n" if mode == "think" else "")
+        reply = f"[{mode}]\n" + (
+            "<think>\nneed goto not set . a d b g\n</think>\n" if mode == "think" else ""
+        )
         reply += '<tool_call>\n{"name": "goto", "arguments": {"place": "c"}}\n</tool_call>'
         tokens += [token(word, 1) for word in re.findall(r"\S+\s*", reply)]
         tokens += [token("\n<|im_start|>tool\n", 2), token('{"ok": true}', 2), token("<|im_end|>\n", 2)]
         tokens += [token("[no_think]\n", 1), token("done", 1), token("<|im_end|>", 1)]
         rows.append(
-            {"stage": "rl", "step": 20 * (i // 4), "task_id": f"hop-{i:04d}", "family": "hop", "difficulty": k}
-            | {"mode": mode, "correct": i % 3 > 0, "reward": 0.5 if i % 3 else -0.5, "stop_reason": "finished"}
+            {
+                "stage": "rl",
+                "step": 20 * (i // 4),
+                "task_id": f"hop-{i:04d}",
+                "family": "hop",
+                "difficulty": k,
+            }
+            | {
+                "mode": mode,
+                "correct": i % 3 > 0,
+                "reward": 0.5 if i % 3 else -0.5,
+                "stop_reason": "finished",
+            }
             | {"tokens": tokens}
         )
     return rows
@@ -163,7 +199,12 @@ def transcript_rows(n: int = 40) -> list[dict]:
 def write_run(path: Path, rl_steps: int = 200, evaluated: bool = True, with_transcripts: bool = True) -> Path:
     """A run folder like the trainer's, complete unless told otherwise."""
     path.mkdir(parents=True)
-    config = {"preset": "mini", "seed": 0, "rl": {"arm": "decoupled", "steps": 240, "lr": 3e-4}, "data": {"path": None}}
+    config = {
+        "preset": "mini",
+        "seed": 0,
+        "rl": {"arm": "decoupled", "steps": 240, "lr": 3e-4},
+        "data": {"path": None},
+    }
     config["reward"] = {"correct_no_think": 1.0, "correct_think": 0.5, "clip": [0.2, 0.2]}
     (path / "config.json").write_text(json.dumps({"config": config, "versions": {"torch": "2.13.0"}}))
     rows = metric_rows(rl_steps)
@@ -173,3 +214,479 @@ def write_run(path: Path, rl_steps: int = 200, evaluated: bool = True, with_tran
     if with_transcripts:
         (path / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in transcript_rows()))
     return path
+
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What a browser would build: tags, attributes, text and script bodies; fails on unbalanced tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] in self.raw:
+            self.raw[self._open[-1]].append(data)
+        else:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.texts).split())
+
+
+def build(path: Path) -> str:
+    return write_report(path).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    path = write_run(tmp_path_factory.mktemp("runs") / "full")
+    write_report(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def html(full) -> str:
+    return (full / "report.html").read_text(encoding="utf-8")
+
+
+def svgs(html: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="chart".*?</svg>', html, re.S)]
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_a_complete_run_gives_one_small_self_contained_page(html):
+    assert len(html.encode()) < 1_000_000
+    page = Page(html)
+    for name, value in page.attributes:
+        assert name not in ("src", "srcset", "style"), (name, value)
+        if name in ("href", "xlink:href"):
+            assert value.startswith("#")
+            assert ("id", value[1:]) in page.attributes
+    assert re.search(r"https?://|@import|url\(", html) is None
+    assert page.tags.count("section") == 9
+    assert "missing" not in [value for name, value in page.attributes if name == "class"]
+
+
+def test_the_policy_of_the_page_allows_exactly_its_own_style_and_script(html):
+    page = Page(html)
+    policy = next(value for name, value in page.attributes if value.startswith("default-src"))
+    assert policy.startswith("default-src 'none'")
+    for tag in ("style", "script"):
+        (body,) = page.raw[tag]
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
+    assert "unsafe" not in policy
+
+
+def test_the_headline_states_the_evaluated_numbers(full, html):
+    models = results()["models"]
+    rl, distilled = models["rl"]["auto"], models["distilled"]["auto"]
+    sentence = tables.headline(load_run(full))
+    for value in (
+        rl["overall"]["accuracy"],
+        rl["bands"]["hard"]["think_rate"],
+        rl["bands"]["easy"]["think_rate"],
+        rl["bands"]["hard"]["accuracy"],
+        distilled["overall"]["accuracy"],
+        1 - rl["overall"]["tokens"] / distilled["overall"]["tokens"],
+    ):
+        assert charts.percent(value) in sentence
+    assert "fewer" in sentence
+    assert "more" not in sentence
+    assert sentence in Page(html).text
+
+
+def test_the_headline_says_more_when_rl_uses_more_tokens(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=1)
+
+    def longer(value):
+        value["models"]["rl"]["auto"]["overall"]["tokens"] = (
+            2 * value["models"]["distilled"]["auto"]["overall"]["tokens"]
+        )
+
+    edit_json(path / "results.json", longer)
+    assert "uses 100% more" in tables.headline(load_run(path))
+
+
+def test_the_final_table_has_every_model_by_band_and_the_change_in_points(full):
+    run = load_run(full)
+    accuracy = tables.final_tables(run)[0]
+    assert [label for label, _ in accuracy.rows] == ["Base", "Distilled", "Warm-up", "RL", "RL − distilled"]
+    rl, distilled = (results()["models"][m]["auto"]["bands"]["hard"]["accuracy"] for m in ("rl", "distilled"))
+    assert accuracy.rows[3][1][3].text == f"{100 * rl:.1f}"
+    assert accuracy.rows[4][1][3].text == f"{100 * (rl - distilled):+.1f}".replace("-", "−")
+    assert "n = 900" in accuracy.rows[3][1][3].tip
+
+
+def test_the_premise_puts_both_forced_modes_of_a_family_at_its_difficulties(full):
+    first, second, *_ = tables.premise_tables(load_run(full))
+    assert (first.title, second.title) == ("Base", "RL")
+    rows = dict(first.rows)
+    assert [cell.text for cell in rows["hop · no_think"]] == ["", "50", "12", "12", "12", "12", "12"]
+    assert [cell.text for cell in rows["set · think"]] == ["95", "", "", "", "", "", ""]
+
+
+def test_model_output_and_names_cannot_become_markup(tmp_path):
+    path = write_run(tmp_path / "<b>run", rl_steps=3)
+    row = {"stage": ATTACK, "step": 1, "task_id": ATTACK, "family": ATTACK, "difficulty": 1, "mode": ATTACK}
+    row |= {"correct": True, "reward": 1, "stop_reason": ATTACK}
+    texts = [{"text": ATTACK, "source": s, "logp": -0.1, "entropy": 0.3} for s in (0, 1, 2)]
+    (path / "transcripts.jsonl").write_text(json.dumps(row | {"tokens": texts}))
+    with (path / "metrics.jsonl").open("a") as file:
+        extra = {"seconds": 1.0, f"time/{ATTACK}": 3.0, ATTACK: 1.0, f"{ATTACK}/k1": 1.0}
+        file.write(json.dumps({"stage": ATTACK, "step": 0} | extra) + "\n")
+        file.write(json.dumps({"stage": "label", "step": 1} | extra) + "\n")
+    (path / "config.json").write_text(
+        json.dumps({"config": {ATTACK: ATTACK, "arm": ATTACK}, "versions": {ATTACK: ATTACK}})
+    )
+
+    def poison(value):
+        value["acu_unit"] = ATTACK
+        value["models"][ATTACK] = value["models"]["base"]
+        for cell in value["models"]["base"]["think"]["cells"]:
+            cell["family"] = ATTACK
+
+    edit_json(path / "results.json", poison)
+    html = build(path)
+    page = Page(html)
+    assert not {"img", "b"} & set(page.tags)
+    assert page.tags.count("script") == 1
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert ATTACK not in "".join(page.raw["script"] + page.raw["style"])
+    # prompt, sampled and tool text arrive whole, as text
+    assert page.text.count(ATTACK) >= 3
+    for svg in svgs(html):
+        assert not svg.findall(".//img")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "results.json", "transcripts.jsonl"])
+def test_a_missing_file_is_named_and_the_rest_is_shown(tmp_path, missing):
+    path = write_run(tmp_path / "run", rl_steps=5)
+    (path / missing).unlink()
+    text = Page(build(path)).text
+    assert f"{missing} is not there." in text
+    assert text.count("is not there.") == 1
+
+
+def test_an_interrupted_run_is_summarised_from_its_last_steps(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=37, evaluated=False, with_transcripts=False)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "rl", "step": 37, "reward/me')
+    text = Page(build(path)).text
+    assert "RL is at step 36 of 240 and has not been evaluated" in text
+    tail = [row["think_rate/hard"] for row in metric_rows(37) if row["stage"] == "rl"][-10:]
+    assert charts.percent(sum(tail) / 10) in tables.headline(load_run(path))
+    assert "metrics.jsonl: 1 unreadable line(s) left out" in text
+
+
+def test_a_run_stopped_before_rl_says_so(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=0, evaluated=False, with_transcripts=False)
+    text = Page(build(path)).text
+    assert "This run has no RL result" in text
+    assert "No measurements of: RL." in text
+    assert "the run did not reach this stage" in text
+
+
+def test_a_folder_with_only_a_configuration_gives_a_report(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {}, "versions": {}}')
+    assert "nothing has been measured yet" in Page(build(tmp_path)).text
+
+
+GARBAGE = (
+    None,
+    3,
+    "x",
+    [],
+    [1],
+    {},
+    {"auto": None},
+    {"auto": []},
+    {"auto": {"overall": 1, "bands": [], "cells": 4}},
+)
+
+
+@pytest.mark.parametrize("value", GARBAGE, ids=repr)
+def test_results_of_the_wrong_shape_do_not_stop_the_report(tmp_path, value):
+    path = write_run(tmp_path / "run", rl_steps=2, evaluated=False)
+    (path / "results.json").write_text(json.dumps({"models": {"rl": value, "base": value}}))
+    rows = [{"stage": "rl", "step": 1, "tokens": value}, {"tokens": [value]}, value]
+    (path / "transcripts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (path / "metrics.jsonl").open("a") as file:
+        row = {"stage": "rl", "step": 2, "seconds": value, "reward/mean": value, "time/rollout": value}
+        file.write(json.dumps(row) + "\n" + json.dumps({"stage": value, "step": 0}) + "\n")
+    assert "Reinforcement learning" in Page(build(path)).text
+
+
+def test_not_finite_values_are_gaps_and_not_zeros(tmp_path):
+    y = [1.0, 2.0, math.nan, 3.0, 4.0, None, 5.0]
+    svg = charts.line_chart(
+        [charts.Series("a", range(7), y, "c-ink")], x_label="step", y_label="value", description="d"
+    )
+    paths = re.findall(r'<path class="line c-ink" d="([^"]*)"', svg)
+    assert [path.count("M") for path in paths] == [2]
+    assert svg.count('<circle class="dot') == 1
+    assert (
+        charts.line_chart([charts.Series("a", [0], [None], "c-ink")], x_label="", y_label="", description="")
+        is None
+    )
+
+
+def test_a_diverged_run_is_drawn(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=2)
+    with (path / "metrics.jsonl").open("a") as file:
+        for step, value in enumerate(("NaN", "Infinity", "1e300", "-1e300", "0", "1e-300"), start=2):
+            keys = ("reward/mean", "loss/policy", "grad_norm", "mismatch/max", "acc/k1")
+            file.write(
+                f'{{"stage": "rl", "step": {step}, {", ".join(f"{json.dumps(k)}: {value}" for k in keys)}}}\n'
+            )
+    page = build(path)
+    assert len(svgs(page)) > 10
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', page)
+
+
+def test_every_chart_is_well_formed_labelled_and_inside_its_box(html):
+    drawings = svgs(html)
+    assert len(drawings) == 15
+    for svg in drawings:
+        assert svg.get("aria-label")
+        assert len([t for t in svg.iter() if t.get("class") == "label" and t.text]) == 2
+        width, height = (float(v) for v in svg.get("viewBox").split()[2:])
+        for text in (t for t in svg.iter() if t.tag.endswith("text")):
+            assert 0 <= float(text.get("x")) <= width
+            assert 0 <= float(text.get("y")) <= height
+        # 0.5: coordinates are rounded to a tenth
+        for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", " ".join(p.get("d", "") for p in svg.iter())):
+            assert -0.5 <= float(x) <= width + 0.5
+            assert -0.5 <= float(y) <= height + 0.5
+
+
+def test_direct_labels_of_close_lines_do_not_overlap():
+    series = [charts.Series(name, [0, 1], [0.5, 0.5 + i / 1000], "c-ink") for i, name in enumerate("abcd")]
+    svg = charts.line_chart(series, x_label="x", y_label="y", description="d", y_range=(0, 1))
+    heights = sorted(float(y) for y in re.findall(r'class="direct c-ink" x="[\d.]+" y="([\d.]+)"', svg))
+    # 12 is the font size in user units
+    assert all(b - a >= 12 for a, b in itertools.pairwise(heights))
+    assert len(heights) == 4
+
+
+def test_tooltips_name_the_step_and_every_line():
+    series = [
+        charts.Series("a", [0, 1], [0.25, 0.5], "c-ink", raw=[0.2, 0.6]),
+        charts.Series("b", [1], [1.0], "c-ink"),
+    ]
+    svg = charts.line_chart(
+        series, x_label="RL step", y_label="y", description="d", as_percent=True, y_range=(0, 1)
+    )
+    assert "<title>RL step 1\na: 50% (step 60%)\nb: 100%</title>" in svg
+
+
+def test_smoothing_is_a_centred_mean_that_skips_gaps():
+    assert charts.smooth([0.0, 3.0, 6.0, None, 10.0], 3) == [1.5, 3.0, 4.5, None, 10.0]
+
+
+def test_long_runs_are_averaged_in_bins_that_cover_every_step():
+    parts = charts.bins(1003, 400)
+    assert [i for part in parts for i in part] == list(range(1003))
+    assert {len(part) for part in parts} == {2, 3}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.13, 0.82), (3e-7, 9e-6), (17, 1740), (0.6931, 0.6932)])
+def test_ticks_cover_the_range_with_a_handful_of_round_steps(low, high):
+    ticks = charts.nice_ticks(low, high)
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    assert 3 <= len(ticks) <= 8
+    mantissa = (ticks[1] - ticks[0]) / 10 ** math.floor(math.log10(ticks[1] - ticks[0]) + 1e-6)
+    assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5)) < 1e-3
+
+
+def test_the_heat_map_colours_by_value_and_crosses_out_gaps():
+    svg = charts.heat_map(
+        [("k=0", [0.0, 1.0]), ("k=1", [None, 0.52])], [3, 4], x_label="step", y_label="k", description="d"
+    )
+    cells = re.findall(r'<rect class="hit cell (\w+)" .*?<title>(.*?)</title>', svg)
+    assert cells == [
+        ("h0", "k=0, step 3: 0%"),
+        ("h10", "k=0, step 4: 100%"),
+        ("gap", "k=1, step 3: no sample"),
+        ("h5", "k=1, step 4: 52%"),
+    ]
+
+
+def test_wilson_interval_matches_published_values():
+    # 0 of 10 has the closed form z^2 / (n + z^2); 81 of 263 is an example of Newcombe 1998, method 3
+    assert tables.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=2e-4)
+    assert tables.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=2e-4)
+
+
+def test_lines_of_equal_acu_go_through_points_with_that_acu(full):
+    run = load_run(full)
+    figure = build_module.trade_figure(run)
+    assert "lines of equal ACU" in figure.caption
+    cell = run.cell("rl")
+    points = [charts.Point(cell["tokens"], cell["accuracy"], "c-rl", "circle", "")]
+    factor = cell["acu"] * cell["tokens"] / cell["accuracy"]
+    for line in build_module._iso_lines(points, [factor]):
+        acu = float(line.label.removeprefix("ACU "))
+        # a point on the line at 10 tokens has the accuracy that gives this ACU
+        assert factor * (line.slope * 10) / 10 == pytest.approx(acu)
+
+
+def test_acu_that_no_single_factor_explains_gets_no_lines(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=1)
+
+    def other_size(value):
+        value["models"]["rl"]["auto"]["overall"]["acu"] *= 1.5
+
+    edit_json(path / "results.json", other_size)
+    figure = build_module.trade_figure(load_run(path))
+    assert "No ACU lines" in figure.caption
+    assert 'class="iso"' not in figure.svg
+
+
+def test_a_resumed_run_counts_each_step_once_and_all_of_its_time(tmp_path):
+    rows = [{"stage": "rl", "step": s, "seconds": 10.0 * (s + 1), "reward/mean": 0.0} for s in range(3)]
+    rows += [{"stage": "rl", "step": s, "seconds": 4.0 * (s - 1), "reward/mean": 1.0} for s in (2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = load_run(tmp_path)
+    assert [row["reward/mean"] for row in run.rows("rl")] == [0.0, 0.0, 1.0, 1.0]
+    # 20 s up to the checkpoint, then 8 s after the restart of the clock
+    assert tables.stage_seconds(run.rows("rl")) == 28.0
+
+
+def test_phase_shares_are_of_the_stage_and_sparse_stages_have_none(full):
+    timing = {t.stage: t for t in tables.timings(load_run(full))}
+    rollout = next(phase for phase in timing["RL"].phases if phase[0] == "rollout")
+    rows = [row for row in metric_rows(200) if row["stage"] == "rl"]
+    assert rollout[3] == f"{100 * sum(r['time/rollout'] for r in rows) / 1000 / (0.62 * 200):.1f}%"
+    assert [phase[1:] for phase in timing["Warm-up SFT"].phases] == [
+        ("–", timing["Warm-up SFT"].phases[0][2], "–", "")
+    ]
+
+
+def test_recovery_reports_the_dip_and_the_return(tmp_path):
+    rates = [0.5] * 20 + [0.0] * 30 + [1.0] * 40
+    rows = [{"stage": "rl", "step": s, "think_rate/hard": r} for s, r in enumerate(rates)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = tables.recovery(load_run(tmp_path))
+    # the first window of 15 zeros ends at step 34; 11 of 15 ones (0.73) are reached at step 60
+    assert (found["low"], found["low_step"], found["step"], found["last"]) == (0.0, 34.0, 60.0, 1.0)
+
+
+def test_transcripts_are_spread_over_the_run_and_stay_in_budget():
+    rows = transcript_rows(200)
+    chosen = transcripts.choose(rows)
+    steps = {row["step"] for row in chosen}
+    assert len(chosen) <= transcripts.MAX_SHOWN
+    assert {0, rows[-1]["step"]} <= steps
+    assert chosen[0]["step"] == rows[-1]["step"]
+    long = {"text": "x", "source": 1, "logp": -0.1, "entropy": 0.3}
+    chosen = transcripts.choose([row | {"tokens": [long] * 5000} for row in rows])
+    pieces = [piece for row in chosen for piece in transcripts.transcript(row).pieces]
+    assert len(pieces) <= transcripts.MAX_TOTAL_TOKENS + len(chosen)
+    assert any(piece.text == f"… {5000 - transcripts.MAX_TOKENS} tokens left out …" for piece in pieces)
+
+
+def test_transcript_tokens_keep_source_and_entropy():
+    tokens = [
+        {"text": "ask", "source": 0},
+        {"text": "a", "source": 1, "logp": math.log(0.5), "entropy": 0.2},
+        {"text": "b", "source": 1, "logp": 0.0, "entropy": 0.0},
+        {"text": "res", "source": 2},
+        {"text": "ult", "source": 2},
+    ]
+    view = transcripts.transcript({"stage": "rl", "step": 3, "tokens": tokens, "reward": -0.5})
+    assert [(p.kind, p.text, p.shade) for p in view.pieces] == [
+        ("prompt", "ask", 0),
+        ("sampled", "a", 4),
+        ("sampled", "b", 0),
+        ("tool", "result", 0),
+    ]
+    assert view.pieces[1].tip == "p = 0.5, H = 0.200 nats"
+    assert view.pieces[3].fold == "tool result, 2 tokens"
+    assert (view.n_sampled, view.entropy, view.reward, view.correct) == (2, "0.100", "-0.5", None)
+
+
+def test_half_a_surrogate_pair_in_a_token_is_written(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=1)
+    row = '{"stage": "rl", "step": 1, "tokens": [{"text": "\\ud83d ok", "source": 1}]}'
+    (path / "transcripts.jsonl").write_text(row)
+    assert "ok" in Page(build(path)).text
+
+
+def test_the_report_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=1)
+    before = {p.name for p in path.iterdir()}
+    (path / "report.html").write_text("old")
+    assert write_report(path) == path / "report.html"
+    assert (path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert {p.name for p in path.iterdir()} == before | {"report.html"}
+
+
+def test_the_command_prints_the_path_of_the_report(tmp_path, capsys):
+    path = write_run(tmp_path / "run", rl_steps=1)
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().out.strip() == str(path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere"], "nowhere: no such run folder"),
+        (["."], "not a run folder"),
+        ([], "required: RUN_DIR"),
+        ([".", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert says in err
+
+
+def test_a_report_that_cannot_be_written_is_a_user_error(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=1)
+    (path / "report.html").mkdir()
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report(path)
+    assert [p.name for p in path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_report_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys, autotool_fast.report; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -62,13 +62,12 @@ def finite(value: float | None) -> bool:
 
 
 def smooth(values: Values, window: int) -> list[float | None]:
-    """Mean over `window` (odd) neighbouring values, fewer towards the ends; gaps stay gaps."""
+    """Mean over `window` (odd) neighbouring values, fewer at the ends; gaps stay gaps."""
     half = window // 2
-    out: list[float | None] = []
-    for i, value in enumerate(values):
-        reach = min(half, i, len(values) - 1 - i)  # symmetric, or a slope would bend at the ends
-        out.append(mean(values[i - reach : i + reach + 1]) if finite(value) else None)
-    return out
+    return [
+        mean(values[max(0, i - half) : i + half + 1]) if finite(value) else None
+        for i, value in enumerate(values)
+    ]
 
 
 def bins(n: int, at_most: int) -> list[range]:
@@ -96,7 +95,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Tick positions for a logarithmic axis: 1-2-5 over few decades, else every n-th power of ten."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     if last - first <= 2:
-        return [t for e in range(first, last + 1) for m in (1, 2, 5) if low <= (t := m * 10.0**e) <= high]
+        ticks = [t for e in range(first, last + 1) for m in (1, 2, 5) if low <= (t := m * 10.0**e) <= high]
+        return ticks if len(ticks) > 1 else [t for t in nice_ticks(low, high) if t > 0 and low <= t <= high]
     stride = max(1, (last - first) // 5)
     return [t for e in range(first, last + 1, stride) if low <= (t := 10.0**e) <= high]
 
@@ -263,7 +263,7 @@ def line_chart(
     xs = [x for s in drawn for x in s.x]
     x_low, x_high = min(xs), max(xs)
     if x_high == x_low:
-        x_low, x_high = x_low - 1, x_high + 1
+        x_low, x_high = x_low - 0.5, x_high + 0.5
     y_low, y_high = y_range or _y_range(ys, log_y)
     y_ticks = log_ticks(y_low, y_high) if log_y else nice_ticks(y_low, y_high)
     if not log_y:

@@ -111,11 +111,15 @@ def load_run(run_dir: Path) -> Run:
     results = _read_json(run_dir / "results.json", problems)
     metrics = _read_rows(run_dir / "metrics.jsonl", problems)
     transcripts = _read_rows(run_dir / "transcripts.jsonl", problems)
+    stages = _by_stage(metrics)
+    absent = [name for stage, name in STAGE_NAMES.items() if not stages.get(stage)]
+    if metrics and absent:
+        problems.append(f"No measurements of: {', '.join(absent)}.")
     return Run(
         path=run_dir,
         config=as_dict(config.get("config", config)),
         versions=as_dict(config.get("versions")),
-        stages=_by_stage(metrics),
+        stages=stages,
         models={
             name: value for name, value in as_dict(results.get("models")).items() if isinstance(value, dict)
         },

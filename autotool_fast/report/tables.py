@@ -1,7 +1,7 @@
 """The numbers of the report: headline, comparison, premise, stage and timing tables.
 
 Pure functions from a `Run` to plain data (strings and small dataclasses) that page.html lays out. A figure
-that the run does not have is a dash. Percentages are of tasks, tokens are response tokens (sampled ones), times
+that the run does not have is a dash. Percentages are of tasks, tokens are sampled response tokens, times
 are wall-clock.
 """
 
@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from autotool_fast.report.charts import heat_level, mean, percent, plain, share_bar
-from autotool_fast.report.load import STAGE_NAMES, STAGES, Row, Run, number
+from autotool_fast.report.load import STAGE_NAMES, STAGES, Row, Run, as_dict, number
 
 DASH = "–"
 BANDS = ("easy", "medium", "hard")
@@ -71,6 +71,11 @@ def rate(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
+def points(value: float) -> str:
+    """A share in [0, 1] in percent, without the sign: for tables that state the unit."""
+    return f"{100 * value:.1f}"
+
+
 def tokens(value: float) -> str:
     """A token count: one decimal below 100, thousands separated above."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
@@ -110,8 +115,8 @@ def _show(value: float | None, write: Callable[[float], str]) -> str:
 
 
 MEASURES = (
-    ("Accuracy", "accuracy", rate),
-    ("Thinking rate", "think_rate", rate),
+    ("Accuracy", "accuracy", points),
+    ("Thinking rate", "think_rate", points),
     ("Response tokens", "tokens", tokens),
     ("ACU", "acu", significant),
 )
@@ -207,8 +212,8 @@ def final_tables(run: Run) -> list[Table]:
     if not models:
         return []
     notes = (
-        "share of tasks solved",
-        "share of replies that open with [think]",
+        "% of tasks solved",
+        "% of replies that open with [think]",
         "mean per task",
         run.acu_unit or "unit not recorded",
     )
@@ -235,7 +240,7 @@ def _measure_table(
         for band in SCOPES:
             new, old = (_get(run.cell(m, "auto", band), key) for m in ("rl", "distilled"))
             changes.append(Cell(_change(new, old, key)))
-        rows.append(("RL vs distilled", tuple(changes)))
+        rows.append(("RL − distilled", tuple(changes)))
     return Table(title, ("All", "Easy", "Medium", "Hard"), tuple(rows), note, emphasis=model_name("rl"))
 
 
@@ -251,7 +256,7 @@ def mode_table(run: Run) -> Table | None:
     if not rows:
         return None
     return Table(
-        "All models and modes", ("Accuracy", "Thinks", "Tokens", "ACU"), tuple(rows), emphasis="RL · auto"
+        "All models and modes", ("Solved, %", "Thinks, %", "Tokens", "ACU"), tuple(rows), emphasis="RL · auto"
     )
 
 
@@ -259,7 +264,7 @@ def _change(new: float | None, old: float | None, key: str) -> str:
     if new is None or old is None:
         return DASH
     if key in ("accuracy", "think_rate"):
-        text = f"{100 * (new - old):+.1f} pt"
+        text = f"{100 * (new - old):+.1f}"
     else:
         text = f"{100 * (new / old - 1):+.0f}%" if old else DASH
     return text.replace("-", "−")
@@ -291,8 +296,9 @@ def premise_tables(run: Run) -> list[Table]:
         found: dict[tuple[str, float], dict[str, Row]] = {}
         for mode in ("no_think", "think"):
             cells = run.models[model].get(mode)
-            for cell in cells.get("cells") or [] if isinstance(cells, dict) else []:
-                k = _get(cell, "difficulty") if isinstance(cell, dict) else None
+            listed = as_dict(cells).get("cells")
+            for cell in listed if isinstance(listed, list) else []:
+                k = _get(as_dict(cell), "difficulty")
                 if k is not None:
                     found.setdefault((str(cell.get("family")), k), {})[mode] = cell
         if found:

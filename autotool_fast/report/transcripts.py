@@ -1,7 +1,7 @@
 """Sampled transcripts for the report: which ones to show, and their tokens as coloured stretches.
 
-A sampled token keeps its own stretch with its entropy; neighbouring prompt or tool tokens are merged. The text
-is model output: it is never marked as safe, the template escapes it.
+A sampled token keeps its own stretch with its entropy; neighbouring prompt or tool tokens are merged. Text
+here is model output: it is never marked as safe, the template escapes it.
 """
 
 from __future__ import annotations
