@@ -91,7 +91,7 @@ def read_rows(path: Path) -> list[Row]:
         UserError: a broken line that is not the last.
     """
     # Lines end in "\n" alone: other separators are legal inside a JSON string.
-    *lines, rest = path.read_bytes().split(b"\n")
+    *lines, _ = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -100,7 +100,7 @@ def read_rows(path: Path) -> list[Row]:
             row = None
         if isinstance(row, dict):
             rows.append(row)
-        elif number < len(lines) or rest:
+        elif number < len(lines):
             raise UserError("is not a metrics row", where=f"{path}, line {number}", remedy="remove the line")
     return rows
 

@@ -49,18 +49,19 @@ class RunFolder:
                 nothing to resume, or the run has other settings; it is in use or cannot be written.
         """
         path = Path(config.out)
+        folder = None
         try:
             _refuse_foreign(path)
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, _lock(path))
-        except OSError as error:
+            folder._prepare(config)
+        except BaseException as error:
+            if folder:
+                folder.close()
+            if not isinstance(error, OSError):
+                raise
             remedy = "choose another folder with --out"
             raise UserError(f"cannot be written ({error.strerror})", where=str(path), remedy=remedy) from None
-        try:
-            folder._prepare(config)
-        except BaseException:
-            folder.close()
-            raise
         return folder
 
     def _prepare(self, config: TrainConfig) -> None:

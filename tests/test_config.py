@@ -52,6 +52,7 @@ def test_every_setting_has_a_docstring():
         ("rl", "clip_low", 1.0),
         ("rl", "group_size", 1),
         ("rl", "group_size", 8.0),
+        ("rl", "steps", True),
         ("rl", "normalize", "mean"),
         ("rl", "normalize", 0),
         ("rl", "entropy_scope", "all"),

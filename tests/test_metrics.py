@@ -45,24 +45,26 @@ def test_non_finite_numbers_stay_valid_json(tmp_path):
     assert read_rows(tmp_path / "m")[0] | {"nan": None, "inf": None} == read_rows(tmp_path / "m")[0]
 
 
-def write_steps(path, stop, keep=None):
-    with MetricsWriter(path) if keep is None else MetricsWriter.open(path, keep) as writer:
-        for step in range(len(read_rows(path)) + 1, stop + 1):
-            writer.write("rl", step, {"x": step / 7}, seconds=0.0)
+def write_steps(writer, first, last, offset=0.0):
+    with writer:
+        for step in range(first, last + 1):
+            writer.write("rl", step, {"x": step / 7 + offset}, seconds=0.0)
 
 
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
-    write_steps(tmp_path / "whole", 6)
-    write_steps(tmp_path / "parts", 5)
+    write_steps(MetricsWriter(tmp_path / "whole"), 1, 6)
+    write_steps(MetricsWriter(tmp_path / "parts"), 1, 3)
+    # Steps after the checkpoint, to be repeated, and a row that a crash cut short.
+    write_steps(MetricsWriter(tmp_path / "parts"), 4, 5, offset=1.0)
     with (tmp_path / "parts").open("a") as file:
         file.write('{"stage": "rl", "st')
-    write_steps(tmp_path / "parts", 6, keep=lambda row: row["step"] <= 3)
+    write_steps(MetricsWriter.open(tmp_path / "parts", lambda row: row["step"] <= 3), 4, 6)
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 @pytest.mark.parametrize("tail", ['{"stage": "r', '{"stage": "r\n', "\0\0\0\n", "17\n"])
 def test_a_torn_last_line_is_dropped(tmp_path, tail):
-    write_steps(tmp_path / "m", 2)
+    write_steps(MetricsWriter(tmp_path / "m"), 1, 2)
     with (tmp_path / "m").open("a") as file:
         file.write(tail)
     assert [row["step"] for row in read_rows(tmp_path / "m")] == [1, 2]
@@ -107,6 +109,8 @@ def plain_lines(seconds_per_step: float, steps: int, stop: int | None = None) ->
         for step in range(1, (stop or steps) + 1):
             clock.now += seconds_per_step
             progress.update(step, {"reward": step / 8})
+        if step == steps:
+            assert f" {steps}/{steps} " in stream.getvalue()  # at once, not at the end of the block
     return stream.getvalue().splitlines()
 
 

@@ -79,11 +79,20 @@ def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, config_json, flag
 def test_an_interrupted_overwrite_can_be_repeated(tmp_path, monkeypatch):
     with RunFolder.create(settings(tmp_path)) as folder:
         folder.metrics.write_text("old")
+    unlink, removed = Path.unlink, []
+
+    def interrupt_after_one(path, **options):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, **options)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Path, "unlink", interrupt_after_one)
         with pytest.raises(KeyboardInterrupt):
             RunFolder.create(settings(tmp_path, overwrite=True))
     RunFolder.create(settings(tmp_path, overwrite=True)).close()
+    assert len(removed) == 1
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
