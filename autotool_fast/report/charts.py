@@ -94,7 +94,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """Tick positions for a logarithmic axis: 1-2-5 over few decades, else every n-th power of ten."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    if last - first <= 2:
+    if high <= 100 * low:
         ticks = [t for e in range(first, last + 1) for m in (1, 2, 5) if low <= (t := m * 10.0**e) <= high]
         return ticks if len(ticks) > 1 else [t for t in nice_ticks(low, high) if t > 0 and low <= t <= high]
     stride = max(1, (last - first) // 5)
@@ -467,12 +467,12 @@ def _draw_iso(frame: _Frame, line: IsoLine, boxes: list[tuple[float, float, floa
     start = frame.x_low if frame.log_x else 0.0
     if end <= start:
         return ""
-    xs = [start + (end - start) * i / 32 for i in range(33)]
+    steps = [i / 32 for i in range(33)]
+    xs = [start * (end / start) ** s if frame.log_x else start + (end - start) * s for s in steps]
     d = "M" + "L".join(f"{_n(frame.x(x))} {_n(frame.y(line.slope * x))}" for x in xs)
     out = f'<path class="iso" d="{d}"/>'
     width = _TEXT * len(line.label)
-    for share in (0.93, 0.8, 0.66, 0.5, 0.35):
-        value = start + (end - start) * share
+    for value in (xs[i] for i in (30, 26, 21, 16, 11)):
         x = min(frame.x(value), frame.right - width / 2)
         y = frame.y(line.slope * value)
         box = (x - width / 2, y - 8, x + width / 2, y + 8)
