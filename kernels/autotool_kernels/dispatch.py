@@ -60,8 +60,8 @@ def backends() -> dict[str, Backend]:
     }
 
 
-def choose(op: str, device_type: str, backend: str = "auto") -> Choice:
-    """The backend for `op` on tensors of `device_type`; ValueError names why an explicit one cannot serve it.
+def choose(op: str, device_type: str, backend: str = "auto", dtype: torch.dtype = torch.float32) -> Choice:
+    """The backend for `op` on such tensors, and why; ValueError says why an explicit one cannot serve.
 
     "auto": the Triton kernels on CUDA tensors, PyTorch everywhere else. The CUDA C++ kernels serve only when
     asked for by name.
@@ -69,7 +69,7 @@ def choose(op: str, device_type: str, backend: str = "auto") -> Choice:
     if backend == "auto":
         if device_type != "cuda":
             return Choice("torch", f"{device_type} tensors are served by PyTorch")
-        reason = _why_not(op, device_type, "triton")
+        reason = _why_not(op, device_type, "triton", dtype)
         return (
             Choice("triton", "CUDA tensors")
             if reason is None
@@ -77,21 +77,21 @@ def choose(op: str, device_type: str, backend: str = "auto") -> Choice:
         )
     if backend not in NAMES:
         raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}: got {backend!r}")
-    reason = _why_not(op, device_type, backend)
+    reason = _why_not(op, device_type, backend, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve {op}: {reason}")
     return Choice(backend, "asked for by name")
 
 
 @lru_cache(maxsize=256)
-def implementation(op: str, device_type: str, backend: str) -> Callable:
+def implementation(op: str, device_type: str, dtype: torch.dtype, backend: str) -> Callable:
     """The function that serves `op`; cached, because small calls come in thousands."""
-    name = choose(op, device_type, backend).name
+    name = choose(op, device_type, backend, dtype).name
     module = importlib.import_module(f".{_MODULES[op][name]}", __package__)
     return getattr(module, _FUNCTIONS[op])
 
 
-def _why_not(op: str, device_type: str, backend: str) -> str | None:
+def _why_not(op: str, device_type: str, backend: str, dtype: torch.dtype) -> str | None:
     if backend not in _MODULES[op]:
         return f"the {backend} backend does not have this op"
     if backend == "torch":
@@ -99,6 +99,8 @@ def _why_not(op: str, device_type: str, backend: str) -> str | None:
     state = backends()[backend]
     if not state.available:
         return state.reason
+    if dtype == torch.float64:
+        return "its kernels compute in float32, and the tensors are float64"
     if device_type == "cpu" and backend == "triton" and interpreting():
         return None
     return None if device_type == "cuda" else f"it needs CUDA tensors, these are on {device_type}"

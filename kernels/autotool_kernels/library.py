@@ -54,7 +54,7 @@ def _register(kind: str):
 
 @_register("run")
 def linear_logp_entropy(hidden, weight, target, temperature, row_temperature, ignore_index, backend):
-    run = implementation("linear_logp_entropy", hidden.device.type, backend)
+    run = implementation("linear_logp_entropy", hidden.device.type, hidden.dtype, backend)
     return tuple(run(hidden, weight, target, temperature, row_temperature, ignore_index))
 
 
@@ -63,7 +63,7 @@ def linear_logp_entropy_backward(
     grad_logp, grad_entropy, hidden, weight, target, entropy, row_max, log_sum,
     temperature, row_temperature, ignore_index, backend, need_hidden, need_weight,
 ):  # fmt: skip
-    run = implementation("linear_logp_entropy_backward", hidden.device.type, backend)
+    run = implementation("linear_logp_entropy_backward", hidden.device.type, hidden.dtype, backend)
     stats = RowStats(entropy, entropy, row_max, log_sum)
     dx, dw = run(
         grad_logp, grad_entropy, hidden, weight, target, stats,
@@ -74,7 +74,7 @@ def linear_logp_entropy_backward(
 
 @_register("run")
 def logits_logp_entropy(logits, target, temperature, row_temperature, ignore_index, backend):
-    run = implementation("logits_logp_entropy", logits.device.type, backend)
+    run = implementation("logits_logp_entropy", logits.device.type, logits.dtype, backend)
     return tuple(run(logits, target, temperature, row_temperature, ignore_index))
 
 
@@ -83,7 +83,7 @@ def logits_logp_entropy_backward(
     grad_logp, grad_entropy, logits, target, entropy, row_max, log_sum,
     temperature, row_temperature, ignore_index, backend,
 ):  # fmt: skip
-    run = implementation("logits_logp_entropy_backward", logits.device.type, backend)
+    run = implementation("logits_logp_entropy_backward", logits.device.type, logits.dtype, backend)
     stats = RowStats(entropy, entropy, row_max, log_sum)
     return run(grad_logp, grad_entropy, logits, target, stats, temperature, row_temperature, ignore_index)
 
@@ -91,12 +91,12 @@ def logits_logp_entropy_backward(
 @_register("run")
 def policy_loss(logp, *args):
     *args, backend = args
-    return tuple(implementation("policy_loss", logp.device.type, backend)(logp, *args))
+    return tuple(implementation("policy_loss", logp.device.type, logp.dtype, backend)(logp, *args))
 
 
 @_register("run")
 def sample_logp_entropy(logits, temperature, row_temperature, seed, offset, backend):
-    run = implementation("sample_logp_entropy", logits.device.type, backend)
+    run = implementation("sample_logp_entropy", logits.device.type, logits.dtype, backend)
     return tuple(run(logits, temperature, row_temperature, seed, offset))
 
 

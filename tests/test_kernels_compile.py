@@ -1,0 +1,117 @@
+"""torch.library contracts (opcheck), torch.compile without graph breaks, and Triton machine code without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from autotool_kernels import linear_logp_entropy, logits_logp_entropy, policy_loss, sample_logp_entropy
+
+OPS = torch.ops.autotool_kernels
+
+
+def linear_args(n=6, grad=True):
+    g = torch.Generator().manual_seed(n)
+    hidden, weight = torch.randn(n, 4, generator=g), torch.randn(9, 4, generator=g)
+    target = torch.randint(0, 9, (n,), generator=g)
+    target[0] = -100
+    return hidden.requires_grad_(grad), weight.requires_grad_(grad), target
+
+
+def policy_args(n=6):
+    g = torch.Generator().manual_seed(n)
+    logp, old, entropy = (-torch.rand(n, generator=g) for _ in range(3))
+    cu_seqlens = torch.tensor([0, 2, n])
+    advantages, is_short = torch.tensor([1.0, -1.0]), torch.tensor([1, 0])
+    mask = torch.ones(n, dtype=torch.bool)
+    return logp.requires_grad_(), old, entropy.neg().requires_grad_(), advantages, cu_seqlens, mask, is_short
+
+
+def op_calls():
+    hidden, weight, target = linear_args()
+    temperature = torch.rand(6) + 0.5
+    plain = [t.detach() for t in (hidden, weight)]
+    stats = OPS.linear_logp_entropy(*plain, target, 1.0, None, -100, "auto")
+    logit_stats = OPS.logits_logp_entropy(plain[0], target.clamp(max=3), 1.0, None, -100, "auto")
+    grads = torch.randn(6), torch.randn(6)
+    logp, old, entropy, *rest = policy_args()
+    return {
+        "linear_logp_entropy": (hidden, weight, target, 1.0, temperature, -100, "auto"),
+        "linear_logp_entropy_backward": (
+            *grads, *plain, target, *stats[1:], 1.0, None, -100, "auto", True, True
+        ),
+        "logits_logp_entropy": (hidden, target.clamp(max=3), 0.5, None, -100, "auto"),
+        "logits_logp_entropy_backward": (
+            None, grads[1], plain[0], target.clamp(max=3), *logit_stats[1:], 1.0, None, -100, "auto"
+        ),
+        "policy_loss": (
+            logp, old, entropy, *rest, [0.1, 0.2, 0.0, 0.01], None, 0.2, 0.2, 0, 1.0, "auto"
+        ),
+        "sample_logp_entropy": (plain[0], 1.0, None, torch.arange(6), torch.arange(6), "auto"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(op_calls()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(OPS, name).default, op_calls()[name])
+
+
+def step(hidden, weight, target, old_logp, advantages, cu_seqlens, mask, is_short, beta_long):
+    """The trainer's way from hidden states to a loss."""
+    logp, entropy = linear_logp_entropy(hidden, weight, target, temperature=0.9)
+    out = policy_loss(
+        logp, old_logp, entropy, advantages, cu_seqlens, mask, is_short, beta_long=beta_long, target_long=5.0
+    )
+    return out.loss, out.sequence_entropy, out.metrics["approx_kl"]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_as_one_graph_with_dynamic_tokens(compiler):
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=compiler, fullgraph=True, dynamic=True)
+    for n in (6, 11, 17):
+        hidden, weight, target = linear_args(n)
+        _, old, _, advantages, cu_seqlens, mask, is_short = policy_args(n)
+        rest = target, old, advantages, cu_seqlens, mask, is_short, torch.tensor(0.3)
+        results = []
+        for fn in (step, compiled):
+            loss, *others = fn(hidden, weight, *rest)
+            results.append((loss, *others, *torch.autograd.grad(loss, (hidden, weight))))
+        for eager, traced in zip(*results, strict=True):
+            assert torch.equal(eager, traced)
+
+
+def test_logits_and_sampling_compile_as_one_graph():
+    torch._dynamo.reset()
+
+    def both(logits, target, seed, offset):
+        sampled = sample_logp_entropy(logits, temperature=0.7, seed=seed, offset=offset)
+        return logits_logp_entropy(logits, target).entropy + sampled.logp, sampled.token
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (3, 5):
+        args = torch.randn(n, 7), torch.arange(n), torch.arange(n), torch.arange(n)
+        for eager, traced in zip(both(*args), compiled(*args), strict=True):
+            assert torch.equal(eager, traced)
+
+
+def test_autocast_does_not_reach_the_logits():
+    hidden, weight, target = linear_args(40, grad=False)
+    plain = linear_logp_entropy(hidden, weight, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = linear_logp_entropy(hidden, weight, target)
+    assert torch.equal(plain.logp, mixed.logp)
+
+
+@pytest.mark.slow
+def test_every_triton_kernel_compiles_to_machine_code():
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("kernels_offline.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script), "80", "90"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 * 9

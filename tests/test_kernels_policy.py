@@ -1,0 +1,236 @@
+"""policy_loss: every backend against the docstring's formula, written as a loop in float64."""
+
+from __future__ import annotations
+
+import kernels_oracle as oracle
+import pytest
+import torch
+from autotool_kernels import policy_loss
+from kernels_oracle import BACKENDS, DEVICE, QUIET
+
+pytestmark = pytest.mark.filterwarnings(QUIET)
+# float32 ratios and weights; sums in float64. A few roundings of values of order 1.
+TOLERANCE = 2e-6
+OPTIONS = {"target_short": 0.21, "target_long": 0.19, "beta_short": 0.03, "beta_long": 0.05}
+
+
+def batch(dtype=torch.float32, seed=0, longest=1100):
+    """Nine sequences: one empty, one without trained tokens, one malformed, one with advantage 0, one long."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([5, 0, 40, longest, 3, 17, 2, 9, 11])
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).int()
+    total = int(cu_seqlens[-1])
+    logp = -torch.rand(total, generator=g) * 2
+    old_logp = logp + torch.randn(total, generator=g) * 0.3
+    entropy = torch.rand(total, generator=g) * 0.4
+    mask = torch.rand(total, generator=g) > 0.2
+    mask[cu_seqlens[4] : cu_seqlens[5]] = False
+    advantages = torch.randn(9, generator=g)
+    advantages[7] = 0
+    is_short = torch.tensor([1, 0, 0, 1, 0, -1, 1, 0, 0], dtype=torch.int8)
+    tensors = (
+        logp.to(dtype),
+        old_logp.to(dtype),
+        entropy.to(dtype),
+        advantages.to(dtype),
+        cu_seqlens,
+        mask,
+        is_short,
+    )
+    return [t.to(DEVICE) for t in tensors]
+
+
+def run(args, loss=policy_loss, **options):
+    logp, entropy = args[0].clone().requires_grad_(), args[2].clone().requires_grad_()
+    out = loss(logp, args[1], entropy, *args[3:], **options)
+    return out, torch.autograd.grad(out[0], (logp, entropy))
+
+
+def expected(args, **options):
+    double = [t.double() if t.is_floating_point() else t for t in args]
+    return run(double, oracle.policy_loss, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", ["tokens", "sequences", 7.0])
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_matches_the_formula(backend, normalize, as_tensors):
+    args = batch()
+    options = dict(OPTIONS, normalize=normalize, clip_low=0.15, clip_high=0.3)
+    given = {
+        k: torch.tensor(v, device=DEVICE) if as_tensors and k in OPTIONS else v for k, v in options.items()
+    }
+    out, grads = run(args, backend=backend, **given)
+    (loss, means), wanted = expected(args, **options)
+    assert abs(out.loss.item() - loss.item()) <= TOLERANCE * max(1, abs(loss.item()))
+    assert (out.sequence_entropy - means).abs().max() <= TOLERANCE
+    for a, w in zip(grads, wanted, strict=True):
+        assert (a - w).abs().max() <= TOLERANCE * max(1.0, w.abs().max().item())
+
+
+def test_gradcheck_in_float64():
+    logp, old_logp, entropy, *rest = batch(torch.float64, longest=20)
+    logp.requires_grad_(), entropy.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda a, e: policy_loss(a, old_logp, e, *rest, **OPTIONS).loss, (logp, entropy)
+    )
+
+
+def one_sequence(entropy, kind=0, length=1000):
+    """A sequence whose entropies are all equal."""
+    ones = torch.ones(length, device=DEVICE)
+    return [
+        -ones, -ones, ones * entropy, torch.ones(1, device=DEVICE),
+        torch.tensor([0, length], device=DEVICE), ones.bool(), torch.tensor([kind], device=DEVICE),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("target", [0.2, 0.1, 1 / 3])
+def test_gate_is_inclusive(backend, target):
+    above = torch.nextafter(torch.tensor(target), torch.tensor(1.0)).item()
+    for as_tensor in (False, True):
+        limit = torch.tensor(target, device=DEVICE) if as_tensor else target
+        for kind, name in ((0, "long"), (1, "short")):
+            options = {f"target_{name}": limit, f"beta_{name}": 0.5, "backend": backend}
+            out, (_, open_gradient) = run(one_sequence(target, kind), **options)
+            assert out.metrics[f"gate_{name}"] == 1
+            assert (open_gradient != 0).all()
+            out, (_, shut_gradient) = run(one_sequence(above, kind), **options)
+            assert out.metrics[f"gate_{name}"] == 0
+            assert shut_gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entropy_bonus_reaches_every_trained_token(backend):
+    args = batch()
+    _, (_, gradient) = run(args, backend=backend, target_long=9.0, beta_long=0.05, normalize=1.0)
+    cu, mask, kind = args[4].tolist(), args[5], args[6].tolist()
+    for i, k in enumerate(kind):
+        span = slice(cu[i], cu[i + 1])
+        wanted = torch.where(mask[span], -0.05 if k == 0 else 0.0, 0.0)
+        assert torch.equal(gradient[span], wanted.to(gradient))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_ratio_is_masked_before_exp(backend):
+    args = batch()
+    mask = args[5]
+    wild = torch.full_like(args[0], 300.0)  # exp overflows
+    for column in (1, 2):
+        for value in (-wild, torch.full_like(wild, float("nan"))):
+            poisoned = list(args)
+            poisoned[column] = torch.where(mask, args[column], value)
+            out, grads = run(poisoned, backend=backend, **OPTIONS)
+            clean, clean_grads = run(args, backend=backend, **OPTIONS)
+            assert out.loss == clean.loss
+            assert all(torch.equal(a, b) for a, b in zip(grads, clean_grads, strict=True))
+            assert all(m.isfinite() for m in out.metrics.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", ["tokens", "sequences", 3])
+def test_nothing_trained_is_a_differentiable_zero(backend, normalize):
+    args = batch()
+    args[5] = torch.zeros_like(args[5])
+    out, grads = run(args, backend=backend, normalize=normalize, beta_long=1.0)
+    assert out.loss == 0
+    assert all(g.count_nonzero() == 0 for g in grads)
+    assert out.sequence_entropy.count_nonzero() == 0
+    assert all(m == 0 for m in out.metrics.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_sequences(backend):
+    empty = torch.zeros(0, device=DEVICE)
+    args = [empty, empty, empty, empty, torch.zeros(1, dtype=torch.int32, device=DEVICE), empty, empty]
+    out, _ = run(args, backend=backend)
+    assert out.loss == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipped_tokens_have_no_gradient_and_are_counted(backend):
+    ratios = torch.tensor([0.7, 0.9, 1.1, 1.3], device=DEVICE)
+    for sign, clipped, low, high in ((1.0, [3], 0.0, 0.25), (-1.0, [0], 0.25, 0.0)):
+        args = one_sequence(0.5, length=4)
+        args[0] = args[1] + ratios.log()
+        args[3] = args[3] * sign
+        out, (gradient, _) = run(args, backend=backend)
+        assert (gradient == 0).nonzero()[:, 0].tolist() == clipped
+        assert out.metrics["clip_fraction_low"] == low
+        assert out.metrics["clip_fraction_high"] == high
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_metrics(backend):
+    args = batch()
+    out, _ = run(args, backend=backend, **OPTIONS)
+    logp, old, _, _, cu, mask, kind = args
+    ratio = (logp - old)[mask].double().exp()
+    _, means = oracle.policy_loss(*args, **OPTIONS)
+    trained = torch.stack([mask[cu[i] : cu[i + 1]].any() for i in range(9)])
+    long, short = trained & (kind == 0), trained & (kind == 1)
+    bonus = out.metrics["entropy_bonus"]
+    wanted = {
+        "approx_kl": (ratio - 1 - ratio.log()).mean(), "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
+        "n_tokens": mask.sum(), "n_long": long.sum(), "n_short": short.sum(),
+        "entropy_long": means[long].mean(), "entropy_short": means[short].mean(),
+        "gate_long": (means[long] <= 0.19).double().mean(),
+        "gate_short": (means[short] <= 0.21).double().mean(),
+        "policy_loss": out.loss + bonus,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        assert abs(out.metrics[name].item() - value.item()) <= 1e-5 * max(1, abs(value.item())), name
+        assert out.metrics[name].ndim == 0
+    assert bonus > 0
+    assert not any(m.requires_grad for m in (out.sequence_entropy, *out.metrics.values()))
+
+
+def test_only_logp_and_entropy_get_gradients():
+    args = [t.requires_grad_() if t.is_floating_point() else t for t in batch()]
+    policy_loss(*args).loss.backward()
+    assert [t.grad is not None for t in args] == [True, False, True, False, False, False, False]
+
+
+def test_coefficients_are_detached():
+    beta = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+    out = policy_loss(*one_sequence(0.1), beta_long=beta)
+    assert not out.loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(2, 2), "logp must be"),
+        (1, torch.zeros(3), "old_logp must have the shape of logp"),
+        (2, torch.zeros(3), "entropy must have the shape of logp"),
+        (3, torch.zeros(1, 1), "advantages must be a vector"),
+        (4, torch.tensor([0, 2, 4]), "cu_seqlens must be int32 or int64"),
+        (4, torch.tensor([0.0, 4.0]), "cu_seqlens must be int32 or int64"),
+        (4, torch.tensor([0, 3]), "cu_seqlens must rise from 0"),
+        (4, torch.tensor([1, 4]), "cu_seqlens must rise from 0"),
+        (5, torch.ones(3), "mask must have the shape of logp"),
+        (6, torch.zeros(2), "is_short must have the shape of advantages"),
+    ],
+)
+def test_bad_tensors_are_named(position, value, message):
+    zeros = torch.zeros(4)
+    args = [zeros, zeros, zeros, torch.zeros(1), torch.tensor([0, 4]), torch.ones(4), torch.zeros(1)]
+    args[position] = value
+    with pytest.raises(ValueError, match=message) as caught:
+        policy_loss(*args, backend="torch")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"normalize": "batch"}, "normalize must be"),
+        ({"normalize": 0}, "normalize must be"),
+        ({"clip_low": -0.1}, "clip_low must not be negative"),
+        ({"clip_high": float("nan")}, "clip_high must not be negative"),
+    ],
+)
+def test_bad_options_are_named(option, message):
+    with pytest.raises(ValueError, match=message):
+        policy_loss(*one_sequence(0.1), **option)

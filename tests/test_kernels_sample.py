@@ -1,0 +1,161 @@
+"""sample_logp_entropy: random bits, distribution, independence of the batch, and the reported numbers."""
+
+from __future__ import annotations
+
+import kernels_oracle as oracle
+import pytest
+import torch
+from autotool_kernels import philox, sample_logp_entropy
+from kernels_oracle import BACKENDS, DEVICE, QUIET
+
+pytestmark = pytest.mark.filterwarnings(QUIET)
+
+
+def rows(n, v, seed=0):
+    logits = torch.randn(n, v, generator=torch.Generator().manual_seed(seed)) * 2
+    return logits.to(DEVICE), torch.arange(n, device=DEVICE) + 11, torch.arange(n, device=DEVICE) * 3
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # known answers published with the Random123 library for philox4x32, 10 rounds
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    out = philox.philox_4x32(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
+    assert [int(w) for w in out] == words
+
+
+def test_uniforms_use_the_whole_seed_and_offset():
+    base = philox.uniforms(torch.tensor([5]), torch.tensor([9]), 8)
+    for seed, offset in ((6, 9), (5 + 2**32, 9), (-5, 9), (5, 10), (5, 9 + 2**32), (5, -9)):
+        other = philox.uniforms(torch.tensor([seed]), torch.tensor([offset]), 8)
+        assert (base != other).all()
+    assert torch.equal(base[:, :5], philox.uniforms(torch.tensor([5]), torch.tensor([9]), 5))
+
+
+def test_uniforms_stay_inside_the_unit_interval():
+    extremes = torch.tensor([0, 1, 2**32 - 1]).float().add(0.5).mul(2.0**-32).clamp(max=philox.LARGEST_U)
+    assert (extremes > 0).all()
+    assert (extremes < 1).all()
+    u = philox.uniforms(torch.arange(50), torch.zeros(50, dtype=torch.int64), 2000)
+    # Mean of 1e5 uniforms: standard error 9e-4, so five of them.
+    assert abs(u.mean().item() - 0.5) < 4.6e-3
+
+
+def test_frequencies_follow_softmax():
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, float("-inf"), 0.5]], device=DEVICE)
+    n = 20000
+    seed, offset = torch.full((n,), 3, device=DEVICE), torch.arange(n, device=DEVICE)
+    for temperature in (1.0, 0.5):
+        token = sample_logp_entropy(
+            logits.expand(n, -1), temperature=temperature, seed=seed, offset=offset, backend="torch"
+        ).token
+        p = (logits[0].double() / temperature).softmax(0)
+        counts = torch.bincount(token, minlength=6)
+        assert counts[4] == 0
+        live = p > 0
+        chi2 = ((counts - n * p)[live] ** 2 / (n * p[live])).sum()
+        assert chi2 < 20.5  # 99.9 % point of chi-square with 4 degrees of freedom is 18.5; fixed seeds
+
+
+def test_backends_draw_the_same_tokens():
+    for v in (1, 3, 128, 5000):
+        logits, seed, offset = rows(6, v)
+        seed[1], offset[2] = -(2**40), 2**33 + 5
+        temperature = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 0.7], device=DEVICE)
+        a, b = (
+            sample_logp_entropy(logits, temperature=temperature, seed=seed, offset=offset, backend=name)
+            for name in BACKENDS
+        )
+        assert torch.equal(a.token, b.token)
+        assert (a.logp - b.logp).abs().max() <= 3e-6
+        assert (a.entropy - b.entropy).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_its_batch(backend):
+    logits, seed, offset = rows(9, 130)
+    whole = sample_logp_entropy(logits, seed=seed, offset=offset, backend=backend)
+    order = torch.tensor([8, 0, 3, 3, 5], device=DEVICE)
+    shuffled = sample_logp_entropy(logits[order], seed=seed[order], offset=offset[order], backend=backend)
+    for a, b in zip(whole, shuffled, strict=True):
+        assert torch.equal(a[order], b)
+    padded = torch.cat((logits, logits), 1)[4:5, :130]
+    alone = sample_logp_entropy(padded, seed=seed[4:5], offset=offset[4:5], backend=backend)
+    assert torch.equal(alone.token, whole.token[4:5])
+
+
+def test_chunks_of_rows_change_nothing(monkeypatch):
+    logits, seed, offset = rows(9, 130)
+    whole = sample_logp_entropy(logits, seed=seed, offset=offset, backend="torch")
+    monkeypatch.setitem(philox.TILE_ELEMENTS, DEVICE, 300)
+    for a, b in zip(
+        whole, sample_logp_entropy(logits, seed=seed, offset=offset, backend="torch"), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reported_numbers_belong_to_the_sampled_token(backend):
+    logits, seed, offset = rows(7, 300)
+    temperature = torch.linspace(0.5, 2, 7, device=DEVICE)
+    out = sample_logp_entropy(logits, temperature=temperature, seed=seed, offset=offset, backend=backend)
+    logp, entropy = oracle.logp_entropy(logits.double(), out.token, temperature.double())
+    assert (out.logp - logp).abs().max() <= 3e-6
+    assert (out.entropy - entropy).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_temperature_zero_is_greedy_at_temperature_one(backend):
+    logits, seed, offset = rows(4, 9)
+    logits[1] = 0.0
+    logits[2, 3] = logits[2, 7] = 50.0
+    for temperature in (0, torch.zeros(4, device=DEVICE)):
+        out = sample_logp_entropy(logits, temperature=temperature, seed=seed, offset=offset, backend=backend)
+        assert out.token[1:3].tolist() == [0, 3]  # the first of equal logits
+        assert torch.equal(out.token, logits.argmax(1))
+        logp, _ = oracle.logp_entropy(logits.double(), out.token)
+        assert (out.logp - logp).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend):
+    out = sample_logp_entropy(*rows(0, 9)[:1], seed=rows(0, 9)[1], offset=rows(0, 9)[2], backend=backend)
+    assert [t.shape for t in out] == [(0,)] * 3
+    assert out.token.dtype == torch.int64
+
+
+def test_low_precision_logits_and_no_gradient():
+    logits, seed, offset = rows(5, 40)
+    out = sample_logp_entropy(logits.bfloat16().requires_grad_(), seed=seed, offset=offset)
+    assert out.logp.dtype == torch.float32
+    assert not out.logp.requires_grad
+    assert torch.equal(
+        out.token, sample_logp_entropy(logits.bfloat16().float(), seed=seed, offset=offset).token
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(3)}, "logits must be floating-point"),
+        ({"logits": torch.zeros(3, 0)}, "logits must be floating-point"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed must be int64"),
+        ({"offset": torch.zeros(3, dtype=torch.int32)}, "offset must be int64"),
+        ({"temperature": -1.0}, "temperature must be positive or 0"),
+        ({"temperature": torch.tensor([1.0, -1.0, 1.0])}, "temperature must not be negative"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    zeros = torch.zeros(3, dtype=torch.int64)
+    args = {"logits": torch.zeros(3, 4), "seed": zeros, "offset": zeros, **change}
+    with pytest.raises(ValueError, match=message):
+        sample_logp_entropy(args.pop("logits"), **args)
