@@ -12,7 +12,7 @@ FAMILIES = {"set": (0,), "hop": range(1, 7), "reg": range(1, 7), "cups": range(1
 
 
 def band(k: float) -> str:
-    return "easy" if k <= 1 else "medium" if k <= 3 else "hard"
+    return "easy" if k < 1 else "medium" if k <= 3 else "hard"
 
 
 def think_rate(step: int, k: int) -> float:
@@ -32,14 +32,15 @@ def rl_row(step: int, rng: random.Random) -> dict:
         row[f"think_rate/k{k}"] = rate
         row[f"acc/k{k}"] = clip(rate * 0.97 + (1 - rate) * direct + noise(0.03))
     for metric in ("think_rate", "acc"):
-        for name, ks in (("easy", (0, 1)), ("medium", (2, 3)), ("hard", (4, 5, 6))):
+        for name, ks in (("easy", (0,)), ("medium", (1, 2, 3)), ("hard", (4, 5, 6))):
             row[f"{metric}/{name}"] = sum(row[f"{metric}/k{k}"] for k in ks) / len(ks)
     row["acc/all"] = 0.6 * row["acc/easy"] + 0.2 * row["acc/medium"] + 0.2 * row["acc/hard"]
     think = 0.2 * row["think_rate/medium"] + 0.2 * row["think_rate/hard"] + 0.6 * row["think_rate/easy"]
     row |= {
         "reward/mean": 2 * row["acc/all"] - 1 - 0.4 * think + noise(0.03),
         "tokens/response": 10 + 16 * think + noise(0.4),
-        "tokens/think": 14 * think,
+        "tokens/long": 24 + noise(0.5),
+        "tokens/short": 9 + noise(0.1),
         "entropy/long": 0.06 + 0.05 * math.exp(-step / 40) + abs(noise(0.01)),
         "entropy/short": 0.04 * math.exp(-step / 60) + abs(noise(0.004)),
         "entropy/mode": 0.65 * math.exp(-((step - 125) ** 2) / 1800) + 0.5 * math.exp(-step / 15) + 0.03,
@@ -66,21 +67,30 @@ def metric_rows(rl_steps: int) -> list[dict]:
             loss = floor + (4.5 if stage == "base" else 0.9) * math.exp(-step / (steps / 8))
             loss *= 1 + rng.gauss(0, 0.05)
             timing = {"time/step": 118 + rng.gauss(0, 5)}
-            rows.append({"stage": stage, "step": step, "seconds": 0.12 * (step + 1), "loss": loss} | timing)
-    label: dict = {"stage": "label", "step": 0, "seconds": 9.1, "prompts": 1200, "dropped": 14}
-    for k, share in enumerate((1.0, 0.57, 0.15, 0.13, 0.13, 0.12, 0.11)):
-        label |= {
-            f"mean_no_think/k{k}": share,
-            f"pass@8/k{k}": min(1.0, share + 0.45),
-            f"long/k{k}": 1 - share,
-        }
-    rows.append(label)
-    rows.append(
-        {"stage": "refine", "step": 0, "seconds": 21.5, "kept": 700, "kept/easy": 210, "kept/hard": 260}
-    )
+            rows.append(
+                {"stage": stage, "step": step, "seconds": 0.12 * (step + 1), "loss/sft": loss} | timing
+            )
     rows += [rl_row(step, rng) for step in range(rl_steps)]
-    rows.append({"stage": "eval", "step": 0, "seconds": 22.0, "time/generate": 21500.0})
+    for row in rows[-rl_steps::20] if rl_steps else ():
+        row["eval/accuracy"] = row["acc/all"]
+        row |= {f"eval/{key}": v for key, v in row.items() if key.startswith(("acc/", "think_rate/"))}
     return rows
+
+
+def summaries() -> dict[str, dict]:
+    """What the stages record when they finish."""
+    table = []
+    for k, share in enumerate((1.0, 0.57, 0.15, 0.13, 0.13, 0.12, 0.11)):
+        short = round(170 * share)
+        row = {"difficulty": k, "prompts": 170, "short": short, "long": 165 - short, "drop": 5}
+        row |= {"no_think_accuracy": share, "think_accuracy": 0.97, "no_think_pass": 1.0, "think_pass": 1.0}
+        table.append(row)
+    table.append({**table[0], "difficulty": None, "prompts": 1190})
+    counts = {"pool": 90, "kept": 45, "dropped_too_easy": 20, "dropped_too_hard": 5, "dropped_variance": 20}
+    counts["kept_constant"] = 3
+    refine = {**counts, "pool": 630, "by_difficulty": {str(k): counts for k in range(7)}}
+    label = {"rule": "threshold", "k": 8, "table": table}
+    return {"base": {}, "label": label, "warmup": {}, "distill": {}, "refine": refine, "rl": {}, "eval": {}}
 
 
 def result_cells(accuracy, think: bool | None, rate=None) -> dict:
@@ -137,7 +147,11 @@ def results() -> dict:
             "think": result_cells(accuracy, True),
             "no_think": result_cells(accuracy, False),
         }
-    return {"models": models, "acu_unit": "accuracy % per million parameters and response token"}
+    return {
+        "models": models,
+        "easy_share": 0.6,
+        "acu_unit": "accuracy % per million parameters and response token",
+    }
 
 
 def transcript_rows(n: int = 40) -> list[dict]:
@@ -191,6 +205,10 @@ def write_run(path: Path, rl_steps: int = 200, evaluated: bool = True, with_tran
     }
     config["reward"] = {"correct_no_think": 1.0, "correct_think": 0.5, "clip": [0.2, 0.2]}
     (path / "config.json").write_text(json.dumps({"config": config, "versions": {"torch": "2.13.0"}}))
+    (path / "stages").mkdir()
+    for stage, summary in summaries().items():
+        if evaluated or stage not in ("rl", "eval"):
+            (path / "stages" / f"{stage}.json").write_text(json.dumps(summary))
     rows = metric_rows(rl_steps)
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if evaluated:

@@ -163,6 +163,24 @@ def test_the_premise_puts_both_forced_modes_of_a_family_at_its_difficulties(full
     assert [cell.text for cell in rows["set · think"]] == ["95", "", "", "", "", "", ""]
 
 
+def test_labels_and_refinement_are_shown_by_difficulty(full):
+    run = load_run(full)
+    labels, refined = tables.label_table(run), tables.refine_table(run)
+    assert labels.columns == ("k=0", "k=1", "k=2", "k=3", "k=4", "k=5", "k=6", "all")
+    rows = {label: [cell.text for cell in cells] for label, cells in labels.rows}
+    assert rows["labelled short"][:3] == ["170", "97", "26"]
+    assert rows["no_think accuracy, %"][:3] == ["100.0", "57.0", "15.0"]
+    assert rows["prompts"][-1] == "1,190"
+    rows = {label: [cell.text for cell in cells] for label, cells in refined.rows}
+    assert rows["pool"] == ["90"] * 7 + ["630"]
+
+
+def test_stages_that_were_not_asked_for_are_not_missed(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=0, evaluated=False)
+    edit_json(path / "config.json", lambda value: value["config"].update(stages=["base", "label"]))
+    assert "Not finished" not in Page(build(path)).text
+
+
 def test_model_output_and_names_cannot_become_markup(tmp_path):
     path = write_run(tmp_path / "<b>run", rl_steps=3)
     row = {"stage": ATTACK, "step": 1, "task_id": ATTACK, "family": ATTACK, "difficulty": 1, "mode": ATTACK}
@@ -172,7 +190,6 @@ def test_model_output_and_names_cannot_become_markup(tmp_path):
     with (path / "metrics.jsonl").open("a") as file:
         extra = {"seconds": 1.0, f"time/{ATTACK}": 3.0, ATTACK: 1.0, f"{ATTACK}/k1": 1.0}
         file.write(json.dumps({"stage": ATTACK, "step": 0} | extra) + "\n")
-        file.write(json.dumps({"stage": "label", "step": 1} | extra) + "\n")
     (path / "config.json").write_text(
         json.dumps({"config": {ATTACK: ATTACK, "arm": ATTACK}, "versions": {ATTACK: ATTACK}})
     )
@@ -184,6 +201,7 @@ def test_model_output_and_names_cannot_become_markup(tmp_path):
             cell["family"] = ATTACK
 
     edit_json(path / "results.json", poison)
+    edit_json(path / "stages" / "label.json", lambda value: value.update(rule=ATTACK))
     html = build(path)
     page = Page(html)
     assert not {"img", "b"} & set(page.tags)
@@ -220,7 +238,7 @@ def test_a_run_stopped_before_rl_says_so(tmp_path):
     path = write_run(tmp_path / "run", rl_steps=0, evaluated=False, with_transcripts=False)
     text = Page(build(path)).text
     assert "This run has no RL result" in text
-    assert "No measurements of: RL." in text
+    assert "Not finished: RL, Evaluation." in text
     assert "the run did not reach this stage" in text
 
 
@@ -248,6 +266,8 @@ def test_results_of_the_wrong_shape_do_not_stop_the_report(tmp_path, value):
     (path / "results.json").write_text(json.dumps({"models": {"rl": value, "base": value}}))
     rows = [{"stage": "rl", "step": 1, "tokens": value}, {"tokens": [value]}, value]
     (path / "transcripts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for stage, key in (("label", "table"), ("refine", "by_difficulty")):
+        (path / "stages" / f"{stage}.json").write_text(json.dumps({key: value, "kept": value}))
     with (path / "metrics.jsonl").open("a") as file:
         row = {"stage": "rl", "step": 2, "seconds": value, "reward/mean": value, "time/rollout": value}
         file.write(json.dumps(row) + "\n" + json.dumps({"stage": value, "step": 0}) + "\n")
@@ -276,9 +296,6 @@ def test_a_diverged_run_is_drawn(tmp_path):
             file.write(
                 f'{{"stage": "rl", "step": {step}, {", ".join(f"{json.dumps(k)}: {value}" for k in keys)}}}\n'
             )
-        file.write(
-            '{"stage": "label", "step": 9, "seconds": NaN, "rows": Infinity, "mean/k1": NaN, "time/x": NaN}\n'
-        )
     page = build(path)
     assert len(svgs(page)) > 10
     assert not re.search(r'="[^"]*\b(nan|inf)\b', page)
@@ -286,7 +303,7 @@ def test_a_diverged_run_is_drawn(tmp_path):
 
 def test_every_chart_is_well_formed_labelled_and_inside_its_box(html):
     drawings = svgs(html)
-    assert len(drawings) == 15
+    assert len(drawings) == 17
     for svg in drawings:
         assert svg.get("aria-label")
         assert len([t for t in svg.iter() if t.get("class") == "label" and t.text]) == 2

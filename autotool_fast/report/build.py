@@ -95,16 +95,18 @@ def render(run: Run) -> str:
         headline=tables.headline(run),
         tiles=tables.tiles(run),
         final=tables.final_tables(run),
+        band_note=tables.band_note(run),
         interval_note=tables.interval_note(run),
         premise=tables.premise_tables(run),
         curves=rl_figures(run),
+        held_out=held_out_figures(run),
         heat=heat_figures(run),
         trade=trade_figure(run),
         trade_table=tables.mode_table(run),
         diagnostics=diagnostic_figures(run),
         sft=sft_figures(run),
-        labels=tables.stage_tables(run, "label"),
-        refinement=tables.stage_tables(run, "refine"),
+        labels=tables.label_table(run),
+        refinement=tables.refine_table(run),
         timings=tables.timings(run),
         transcripts=[transcripts.transcript(row) for row in chosen],
         n_transcripts=len(run.transcripts),
@@ -242,8 +244,9 @@ def rl_figures(run: Run) -> list[Figure]:
             "Response length",
             line_chart(
                 [
-                    _series(rows, "tokens/response", "response", "c-ink", window),
-                    _series(rows, "tokens/think", "of it think", "c-long", window),
+                    _series(rows, "tokens/response", "all", "c-ink", window),
+                    _series(rows, "tokens/long", "long", "c-long", window),
+                    _series(rows, "tokens/short", "short", "c-short", window),
                 ],
                 x_label=STEP,
                 y_label="tokens per reply (mean)",
@@ -253,6 +256,29 @@ def rl_figures(run: Run) -> list[Figure]:
         ),
     ]
     return [Figure(title, svg, caption) for title, svg, caption in figures]
+
+
+def held_out_figures(run: Run) -> list[Figure]:
+    """Accuracy and thinking rate on held-out tasks during RL, if the run measured them."""
+    rows = [row for row in run.rows("rl") if number(row.get("eval/accuracy")) is not None]
+    figures = []
+    for metric, title, unit in (
+        ("acc", "Held-out accuracy", "held-out tasks solved (%)"),
+        ("think_rate", "Held-out thinking rate", "held-out tasks with thinking (%)"),
+    ):
+        svg = line_chart(
+            _by_band(rows, f"eval/{metric}", 1),
+            x_label=STEP,
+            y_label=unit,
+            description=f"{title} by band over RL steps",
+            y_range=(0, 1),
+            as_percent=True,
+        )
+        if svg is not None:
+            figures.append(
+                Figure(title, svg, "A small held-out set in auto mode, greedy by default. Not smoothed.")
+            )
+    return figures
 
 
 def _recovery_text(run: Run) -> str:

@@ -44,7 +44,11 @@ class Run:
     models: dict[str, Any] = field(default_factory=dict)
     """Model -> mode -> {"overall": cell, "bands": ..., "cells": ...}; see `cell`."""
     acu_unit: str = ""
+    easy_share: float | None = None
+    """Share of the easy families in the test mix that "overall" figures are weighted for."""
     transcripts: list[Row] = field(default_factory=list)
+    summaries: dict[str, Row] = field(default_factory=dict)
+    """What each finished stage recorded about itself (stages/<stage>.json)."""
     problems: list[str] = field(default_factory=list)
 
     def rows(self, stage: str) -> list[Row]:
@@ -112,19 +116,27 @@ def load_run(run_dir: Path) -> Run:
     metrics = _read_rows(run_dir / "metrics.jsonl", problems)
     transcripts = _read_rows(run_dir / "transcripts.jsonl", problems)
     stages = _by_stage(metrics)
-    absent = [name for stage, name in STAGE_NAMES.items() if not stages.get(stage)]
-    if metrics and absent:
-        problems.append(f"No measurements of: {', '.join(absent)}.")
+    summaries = {}
+    for stage in STAGES:
+        if (run_dir / "stages" / f"{stage}.json").exists():
+            summaries[stage] = _read_json(run_dir / "stages" / f"{stage}.json", problems)
+    settings = as_dict(config.get("config"))
+    wanted = settings.get("stages")
+    open_stages = [s for s in (wanted if isinstance(wanted, list) else STAGES) if s not in summaries]
+    if open_stages:
+        problems.append(f"Not finished: {', '.join(STAGE_NAMES.get(str(s), str(s)) for s in open_stages)}.")
     return Run(
         path=run_dir,
-        config=as_dict(config.get("config", config)),
+        config=settings,
         versions=as_dict(config.get("versions")),
         stages=stages,
         models={
             name: value for name, value in as_dict(results.get("models")).items() if isinstance(value, dict)
         },
         acu_unit=str(results.get("acu_unit") or ""),
+        easy_share=number(results.get("easy_share")),
         transcripts=transcripts,
+        summaries=summaries,
         problems=problems,
     )
 

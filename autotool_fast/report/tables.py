@@ -8,17 +8,16 @@ are wall-clock.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from autotool_fast.report.charts import heat_level, mean, percent, plain, share_bar
 from autotool_fast.report.load import STAGE_NAMES, STAGES, Row, Run, as_dict, number
+from autotool_fast.tasks.world import BANDS
 
 DASH = "–"
-BANDS = ("easy", "medium", "hard")
 SCOPES = ("overall", *BANDS)
 MODES = ("auto", "think", "no_think")
 MODEL_NAMES = {"base": "Base", "distilled": "Distilled", "warmup": "Warm-up", "rl": "RL"}
@@ -283,9 +282,21 @@ def interval_note(run: Run) -> str:
     if not widths[True] or not widths[False]:
         return ""
     return (
-        f"Half-width of the 95% interval of an accuracy (Wilson, over tasks): at most "
+        "Half-width of the 95% interval of an accuracy (Wilson, all tasks counted alike): at most "
         f"{100 * max(widths[True]):.1f} points overall, {100 * max(widths[False]):.1f} in a band."
     )
+
+
+def band_note(run: Run) -> str:
+    """What the bands are and how the test mix weights them."""
+    limits = {
+        name: f"k = {low}" if low == high else f"k = {low} to {high}" for name, (low, high) in BANDS.items()
+    }
+    limits["hard"] = f"k ≥ {BANDS['hard'][0]}"
+    text = ", ".join(f"{name}: {limit}" for name, limit in limits.items()) + "."
+    if run.easy_share is not None:
+        text += f" All: the test mix, {percent(run.easy_share)} of it from families that need no steps."
+    return text[0].upper() + text[1:]
 
 
 def premise_tables(run: Run) -> list[Table]:
@@ -332,52 +343,56 @@ def _premise_table(model: str, found: dict[tuple[str, float], dict[str, Row]]) -
     )
 
 
-_GROUPED = re.compile(r"^(?P<name>.+)/(?P<column>k\d+|all|easy|medium|hard)$")
-_COLUMN_ORDER = {name: i for i, name in enumerate(("all", *BANDS))}
+LABEL_ROWS = (
+    ("prompts", "prompts"),
+    ("short", "labelled short"),
+    ("long", "labelled long"),
+    ("drop", "dropped"),
+    ("no_think_accuracy", "no_think accuracy, %"),
+    ("think_accuracy", "think accuracy, %"),
+    ("no_think_pass", "no_think pass@k, %"),
+    ("think_pass", "think pass@k, %"),
+)
+REFINE_ROWS = (
+    ("pool", "pool"),
+    ("dropped_too_easy", "dropped, too easy"),
+    ("dropped_too_hard", "dropped, too hard"),
+    ("dropped_variance", "dropped, variance"),
+    ("kept", "kept"),
+    ("kept_constant", "kept, constant reward"),
+)
 
 
-def stage_tables(run: Run, stage: str) -> list[Table]:
-    """The last value of each metric of a stage: `name/k3` and `name/easy` as a matrix, the rest as a list."""
-    values: dict[str, float] = {}
-    for row in run.rows(stage):
-        for key, value in row.items():
-            if (
-                key not in ("step", "seconds")
-                and not key.startswith("time/")
-                and (v := number(value)) is not None
-            ):
-                values[key] = v
-    matrix: dict[str, dict[str, float]] = {}
-    single: dict[str, float] = {}
-    for key, value in values.items():
-        match = _GROUPED.match(key)
-        if match:
-            matrix.setdefault(match["name"], {})[match["column"]] = value
-        else:
-            single[key] = value
-    tables = []
-    if matrix:
-        columns = sorted({c for row in matrix.values() for c in row}, key=_column_key)
-        rows = tuple(
-            (name, tuple(Cell(_show(row.get(c), _writer(row.values()))) for c in columns))
-            for name, row in matrix.items()
-        )
-        heads = tuple(f"k={c[1:]}" if c not in _COLUMN_ORDER else c for c in columns)
-        tables.append(Table("By difficulty", heads, rows))
-    if single:
-        rows = tuple((name, (Cell(_writer([value])(value)),)) for name, value in single.items())
-        tables.append(Table("Totals", ("value",), rows))
-    return tables
+def label_table(run: Run) -> Table | None:
+    """Prompts by label and difficulty, None before labelling is finished."""
+    summary = as_dict(run.summaries.get("label"))
+    listed = summary.get("table")
+    columns = []
+    for row in map(as_dict, listed if isinstance(listed, list) else []):
+        k = _get(row, "difficulty")
+        columns.append(("all" if k is None else f"k={plain(k)}", row))
+    note = f"rule {summary.get('rule')}, {summary.get('k')} samples per prompt and mode"
+    return _transposed("Labels", note, columns, LABEL_ROWS)
 
 
-def _writer(values: Iterable[float]) -> Callable[[float], str]:
-    """One format for values that stand beside each other: counts whole, anything else to three digits."""
-    whole = all(value == int(value) and abs(value) < 1e9 for value in values)
-    return (lambda value: f"{value:,.0f}") if whole else significant
+def refine_table(run: Run) -> Table | None:
+    """What refinement dropped and kept by difficulty, None before it is finished."""
+    summary = as_dict(run.summaries.get("refine"))
+    levels = {k: row for k, row in as_dict(summary.get("by_difficulty")).items() if k.isdecimal()}
+    columns = [(f"k={k}", as_dict(levels[k])) for k in sorted(levels, key=int)]
+    return _transposed("Refinement", "prompts", [*columns, ("all", summary)], REFINE_ROWS)
 
 
-def _column_key(column: str) -> tuple[int, int]:
-    return (0, _COLUMN_ORDER[column]) if column in _COLUMN_ORDER else (1, int(column[1:]))
+def _transposed(
+    title: str, note: str, columns: Sequence[tuple[str, Row]], names: Sequence[tuple[str, str]]
+) -> Table | None:
+    rows = []
+    for key, label in names:
+        values = [_get(column, key) for _, column in columns]
+        if any(value is not None for value in values):
+            write = points if label.endswith("%") else "{:,.0f}".format
+            rows.append((label, tuple(Cell(_show(value, write)) for value in values)))
+    return Table(title, tuple(head for head, _ in columns), tuple(rows), note) if rows else None
 
 
 def stage_seconds(rows: Sequence[Row]) -> float:
