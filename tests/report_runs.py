@@ -82,7 +82,7 @@ def summaries() -> dict[str, dict]:
     table = []
     for k, share in enumerate((1.0, 0.57, 0.15, 0.13, 0.13, 0.12, 0.11)):
         short = round(170 * share)
-        row = {"difficulty": k, "prompts": 170, "short": short, "long": 165 - short, "drop": 5}
+        row = {"difficulty": k, "prompts": 170, "short": short, "long": max(0, 165 - short), "drop": 5}
         row |= {"no_think_accuracy": share, "think_accuracy": 0.97, "no_think_pass": 1.0, "think_pass": 1.0}
         table.append(row)
     table.append({**table[0], "difficulty": None, "prompts": 1190})

@@ -169,7 +169,7 @@ def test_labels_and_refinement_are_shown_by_difficulty(full):
     assert labels.columns == ("k=0", "k=1", "k=2", "k=3", "k=4", "k=5", "k=6", "all")
     rows = {label: [cell.text for cell in cells] for label, cells in labels.rows}
     assert rows["labelled short"][:3] == ["170", "97", "26"]
-    assert rows["no_think accuracy, %"][:3] == ["100.0", "57.0", "15.0"]
+    assert rows["no_think accuracy, %"][:3] == ["100", "57", "15"]
     assert rows["prompts"][-1] == "1,190"
     rows = {label: [cell.text for cell in cells] for label, cells in refined.rows}
     assert rows["pool"] == ["90"] * 7 + ["630"]

@@ -75,6 +75,11 @@ def points(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def whole_points(value: float) -> str:
+    """A share in [0, 1] in whole percent, for tables with many columns."""
+    return f"{100 * value:.0f}"
+
+
 def tokens(value: float) -> str:
     """A token count: one decimal below 100, thousands separated above."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
@@ -333,7 +338,7 @@ def _premise_table(model: str, found: dict[tuple[str, float], dict[str, Row]]) -
                 tip = f"{family}, k = {plain(k)}, {mode}: {percent(value)}" + (
                     f", n = {plain(n)}" if n else ""
                 )
-                cells.append(Cell(f"{100 * value:.0f}", tip, heat_level(value)))
+                cells.append(Cell(whole_points(value), tip, heat_level(value)))
             rows.append((f"{family} · {mode}", tuple(cells)))
     return Table(
         model_name(model),
@@ -390,7 +395,7 @@ def _transposed(
     for key, label in names:
         values = [_get(column, key) for _, column in columns]
         if any(value is not None for value in values):
-            write = points if label.endswith("%") else "{:,.0f}".format
+            write = whole_points if label.endswith("%") else "{:,.0f}".format
             rows.append((label, tuple(Cell(_show(value, write)) for value in values)))
     return Table(title, tuple(head for head, _ in columns), tuple(rows), note) if rows else None
 
