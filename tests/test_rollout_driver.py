@@ -153,6 +153,7 @@ def test_a_finished_episode_is_recorded_token_by_token(model, script):
     assert trajectory.stop_reason is StopReason.FINISHED
     assert trajectory.correct
     assert [reply.mode for reply in trajectory.replies] == ["think", "no_think"]
+    assert [reply.text for reply in trajectory.replies] == ["", ""]  # the stop token is not part of the text
     assert tuple(log[0].replies) == trajectory.replies
     assert (trajectory.n_prompt, trajectory.n_response_tokens, trajectory.n_think_tokens) == (6, 15, 3)
     assert (trajectory.length_class, trajectory.mode) == (0, "think")

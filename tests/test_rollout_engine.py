@@ -207,6 +207,31 @@ def test_session_leaves_the_model_as_it_was():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_a_model_in_training_samples_as_in_evaluation():
+    model = make_model(attention_dropout=0.5)
+    expected = run_engine(SlotEngine(model, slots=4, max_len=64), prompts_of(6), temperature=0.0)
+    model.gradient_checkpointing_enable()  # in training mode it would drop the cache
+    model.train()
+    rows = run_engine(SlotEngine(model, slots=4, max_len=64), prompts_of(6), temperature=0.0)
+    assert rows[0][0].tolist() == expected[0][0].tolist()
+
+
+def test_a_long_prompt_enters_in_chunks_while_others_decode(model):
+    engine = SlotEngine(model, slots=2, max_len=96, prefill_chunk=8)
+    prompts = prompts_of(2, 40)
+    sizes = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: sizes.append(args[0].numel())
+    )
+    run_engine(engine, prompts, new=20)
+    hook.remove()
+    assert sizes[:6] == [2 + 8, 1 + 8, 1 + 8, 1 + 8, 1 + 8, 1 + 1]
+    assert (
+        engine.stats.steps == len(sizes) == 24
+    )  # the second row: 5 chunks, then 19 of 20 sampled tokens
+
+
 def test_engine_sees_new_weights():
     model = make_model()
     engine = SlotEngine(model, slots=4, max_len=64)
@@ -222,13 +247,13 @@ def test_engine_sees_new_weights():
 def test_non_finite_logits_stop_the_run_and_leave_no_trace():
     model = make_model()
     engine = SlotEngine(model, slots=2, max_len=64)
-    prompts = prompts_of(6)
+    prompts = prompts_of(2)
     expected = run_engine(engine, prompts)
     weight = model.model.layers[0].self_attn.v_proj.weight
     saved = weight.detach().clone()
     weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError):
-        run_engine(engine, prompts)
+        run_engine(engine, prompts_of(12))  # reaches positions that the next run masks but does not overwrite
     weight.data.copy_(saved)
     assert run_engine(engine, prompts)[0][0].tolist() == expected[0][0].tolist()
 
