@@ -227,9 +227,7 @@ def test_a_long_prompt_enters_in_chunks_while_others_decode(model):
     run_engine(engine, prompts, new=20)
     hook.remove()
     assert sizes[:6] == [2 + 8, 1 + 8, 1 + 8, 1 + 8, 1 + 8, 1 + 1]
-    assert (
-        engine.stats.steps == len(sizes) == 24
-    )  # the second row: 5 chunks, then 19 of 20 sampled tokens
+    assert engine.stats.steps == len(sizes) == 24  # the second row: 5 chunks, then 19 of 20 sampled tokens
 
 
 def test_engine_sees_new_weights():
