@@ -198,28 +198,34 @@ class ChatFormat:
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
             raise UserError(
-                "the tokenizer has no chat template", where="model", remedy="give one that has, or set a template"
+                "the tokenizer has no chat template",
+                where="model",
+                remedy="give one that has, or set a template",
             )
-        ids = self._encode(self.stop)
+        ids = self.encode_text(self.stop)
         if len(ids) != 1:
             raise UserError(f"the stop text {self.stop!r} is {len(ids)} tokens, not one", where="model")
         self.stop_ids = frozenset(ids)
-        self._modes = {mode: self._encode(f"[{mode}]\n") for mode in MODES}
+        self._modes = {mode: self.encode_text(f"[{mode}]\n") for mode in MODES}
         self._continuations: dict[str, list[int]] = {}
         self.encode_continuation([{"role": "tool", "content": "0"}])
 
-    def _encode(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text, nothing added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, *, generate: bool = True) -> str:
         """The conversation as text, through the tokenizer's chat template."""
         return self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=generate
+            list(messages),
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=generate,
         )
 
     def encode_prompt(self, messages: list[dict], tools: list[dict]) -> list[int]:
         """Token ids of the prompt, ending with the header of the assistant's turn."""
-        return self._encode(self.render(messages, tools))
+        return self.encode_text(self.render(messages, tools))
 
     def encode_mode(self, mode: str) -> list[int]:
         """Token ids of a forced mode tag, to be put after the assistant header."""
@@ -239,8 +245,10 @@ class ChatFormat:
             after = self.render([*opening, *messages])
             end = before.rindex(self.stop) + len(self.stop)
             if not after.startswith(before[:end]):
-                raise UserError("the chat template rewrites earlier turns", where="model", remedy="use one that appends")
-            cached = self._encode(after[end:])
+                raise UserError(
+                    "the chat template rewrites earlier turns", where="model", remedy="use one that appends"
+                )
+            cached = self.encode_text(after[end:])
             if len(self._continuations) < 4096:
                 self._continuations[key] = cached
         return list(cached)

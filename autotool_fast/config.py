@@ -60,12 +60,14 @@ class ModelConfig(Section):
     """Key-value heads."""
     intermediate: int = number(192, low=8)
     """Width of the gated MLP."""
-    max_positions: int = number(512, low=16)
+    max_positions: int = number(256, low=16)
     """Longest sequence, in tokens."""
     rope_theta: float = number(10_000.0, above=0.0)
     """Base of the rotary position frequencies."""
-    initializer_range: float = number(0.02, above=0.0)
+    initializer_range: float = number(0.1, above=0.0)
     """Standard deviation of the initial weights."""
+    qk_norm_init: float = number(2.5, above=0.0)
+    """Initial gain of the query and key norms."""
 
     def validate(self) -> None:
         self.require(self.hidden % self.heads == 0, "hidden", "must be a multiple of model.heads")
@@ -96,6 +98,8 @@ class SftConfig(Section):
     """Decoupled weight decay."""
     grad_clip: float = number(1.0, above=0.0)
     """Largest gradient norm."""
+    checkpoint_every: int = number(0, low=0)
+    """Steps between checkpoints; 0: only on Ctrl-C."""
 
     def validate(self) -> None:
         if self.steps:
@@ -115,6 +119,12 @@ class BaseConfig(SftConfig):
     """Peak learning rate."""
     warmup_steps: int = number(50, low=0)
     """Steps of linear warm-up."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """adamw; or Muon for the decoder's weight matrices, with AdamW for the rest."""
+    easy_share: float = number(0.15, low=0.0, high=1.0)
+    """Share of easy tasks: they are learnt long before the others."""
+    reuse: str = ""
+    """A trained base model folder (models/base of another run) to take over instead of training one."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,9 @@ class DistillConfig(SftConfig):
     """Stage distill: the always-think SFT baseline, on the same prompts as the warm-up."""
 
     section: ClassVar[str] = "distill"
+
+    steps: int = number(0, low=0)
+    """Optimizer steps; 0: as many as warm-up and RL together."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +248,8 @@ class RLConfig(Section):
     """Step of the single-coefficient adaptive arm, towards its target."""
     beta_max: float = number(0.5, above=0.0)
     """Upper clamp of an adapted coefficient; the lower one is 0."""
+    micro_tokens: int = number(8192, low=1)
+    """Most tokens in one forward pass of the update; the loss does not depend on it."""
     eval_every: int = number(20, low=0)
     """Steps between evaluations on a small test sample; 0: never."""
     checkpoint_every: int = number(40, low=0)

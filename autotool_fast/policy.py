@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, PreTrainedModel
-
 from autotool_kernels import LogpEntropy, linear_logp_entropy
+from transformers import AttentionInterface, PreTrainedModel
 
 PACKED_ATTENTION = "autotool_packed"
 
@@ -48,7 +47,7 @@ class PackedBatch:
 def pack(sequences: Sequence[np.ndarray]) -> PackedBatch:
     """Pack token id arrays (each [T_i], T_i >= 1) into one row."""
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    assert len(lengths) and lengths.min() > 0, "a sequence has at least one token"
+    assert lengths.size > 0 and lengths.min() > 0, "a sequence has at least one token"  # noqa: PT018
     starts = np.concatenate([[0], np.cumsum(lengths)])
     total = int(starts[-1])
     buckets, order, offset = [], np.empty(total, dtype=np.int64), 0

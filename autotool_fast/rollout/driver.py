@@ -76,22 +76,23 @@ class _Sample:
     calls: int = 0
     sampled: int = 0
     forced: int = 0
-    thought: int = 0
+    thinking: list[tuple[int, int]] = field(default_factory=list)
     tool_seconds: float = 0.0
 
 
-class _ThinkCounter:
-    """Counts the tokens of a turn that lie strictly between the think markers.
+class _ThinkFinder:
+    """Finds the tokens of a turn that lie strictly between the think markers.
 
     Works on the concatenation of each token's own text, remembered per id. The markers are ASCII, so they are
-    found there whether they are one token or several; a token that holds part of a marker is not counted.
+    found there whether they are one token or several; a token that holds part of a marker is left out.
     """
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
         self._pieces: dict[int, str] = {}
 
-    def __call__(self, ids: Sequence[int]) -> int:
+    def __call__(self, ids: Sequence[int]) -> tuple[int, int]:
+        """(start, end) of the thinking in `ids`; an empty range when there is none."""
         for token in ids:
             if token not in self._pieces:
                 self._pieces[token] = self._chat.decode([token])
@@ -99,13 +100,13 @@ class _ThinkCounter:
         text = "".join(pieces)
         opening = text.find("<think>")
         if opening < 0:
-            return 0
+            return 0, 0
         opening += len("<think>")
         closing = text.find("</think>", opening)
         ends = np.cumsum([len(piece) for piece in pieces])
         first = int(np.searchsorted(ends, opening)) + 1  # first token after the one that completes the marker
         last = len(pieces) if closing < 0 else int(np.searchsorted(ends, closing, side="right"))
-        return max(0, last - first)
+        return first, max(first, last)
 
 
 class _Driver:
@@ -116,7 +117,7 @@ class _Driver:
     ) -> None:
         self.engine, self.chat, self.tasks, self.limits = engine, chat, tasks, limits
         self.tag = [] if mode == "auto" else list(chat.encode_mode(mode))
-        self.count_think = _ThinkCounter(chat)
+        self.find_think = _ThinkFinder(chat)
         self.running: dict[int, _Sample] = {}
         self.done: dict[int, Trajectory] = {}
 
@@ -194,7 +195,10 @@ class _Driver:
         state.spans.append((start, end))
         state.segments.append((end - start, SOURCE_SAMPLED))
         state.sampled += end - start
-        state.thought += self.count_think(turn)
+        first, last = self.find_think(turn)
+        if last > first:
+            shift = start - len(self.tag)
+            state.thinking.append((first + shift, last + shift))
         state.prompt_end = end
         return reply
 
@@ -218,7 +222,7 @@ class _Driver:
             turn_spans=tuple(state.spans),
             tool_seconds=seconds,
             n_forced_tokens=state.forced,
-            n_think_tokens=state.thought,
+            think_spans=tuple(state.thinking),
         )
         self.engine.release(key)
 

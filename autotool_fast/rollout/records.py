@@ -52,7 +52,7 @@ class Trajectory:
         turn_spans: (start, end) of each turn's sampled tokens in `ids`, the stop token included.
         tool_seconds: time spent in the task's own code.
         n_forced_tokens: tokens of forced mode tags, over all turns.
-        n_think_tokens: tokens inside think blocks, the markers not counted.
+        think_spans: (start, end) in `ids` of the tokens inside each think block, the markers left out.
     """
 
     task: Task
@@ -68,7 +68,7 @@ class Trajectory:
     turn_spans: tuple[tuple[int, int], ...]
     tool_seconds: float
     n_forced_tokens: int = 0
-    n_think_tokens: int = 0
+    think_spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def n_prompt(self) -> int:
@@ -79,6 +79,11 @@ class Trajectory:
     def n_response_tokens(self) -> int:
         """Tokens of the assistant's turns: sampled ones and forced tags."""
         return int((self.source == SOURCE_SAMPLED).sum()) + self.n_forced_tokens
+
+    @property
+    def n_think_tokens(self) -> int:
+        """Tokens inside think blocks."""
+        return sum(end - start for start, end in self.think_spans)
 
     @property
     def length_class(self) -> int:

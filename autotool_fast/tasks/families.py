@@ -66,7 +66,10 @@ def _draw_hop(rng: random.Random, k: int) -> Spec:
 
 
 def _draw_reg(rng: random.Random, k: int) -> Spec:
-    return {"start": rng.randrange(10), "ops": [[rng.choice(("add", "sub")), rng.randrange(1, 10)] for _ in range(k)]}
+    return {
+        "start": rng.randrange(10),
+        "ops": [[rng.choice(("add", "sub")), rng.randrange(1, 4)] for _ in range(k)],
+    }
 
 
 def _draw_cups(rng: random.Random, k: int) -> Spec:
@@ -76,7 +79,7 @@ def _draw_cups(rng: random.Random, k: int) -> Spec:
 
 def _draw_chain(rng: random.Random, k: int) -> Spec:
     cycle = rng.sample(PLACES, len(PLACES))
-    cells = {place: [rng.randrange(10), cycle[(i + 1) % len(cycle)]] for i, place in enumerate(cycle)}
+    cells = {place: [rng.randrange(1, 4), cycle[(i + 1) % len(cycle)]] for i, place in enumerate(cycle)}
     return {"cells": cells, "start": cycle[0], "reads": k}
 
 
@@ -93,7 +96,13 @@ FAMILIES: dict[str, Family] = {
         Family("parallel", _draw_parallel, (0,), lambda s: ("set",), lambda s: s),
         Family("irrelevant", _draw_irrelevant, (0,), lambda s: (), lambda s: s),
         Family("missing", _draw_set, (0,), lambda s: ("set",), lambda s: s),
-        Family("hop", _draw_hop, tuple(range(1, 7)), lambda s: ("goto",), lambda s: [sorted(s["map"]), s["start"]]),
+        Family(
+            "hop",
+            _draw_hop,
+            tuple(range(1, 7)),
+            lambda s: ("goto",),
+            lambda s: [sorted(s["map"]), s["start"]],
+        ),
         Family("reg", _draw_reg, tuple(range(1, 7)), lambda s: ("submit",), lambda s: s),
         Family("cups", _draw_cups, tuple(range(1, 7)), lambda s: ("pick",), lambda s: s),
         Family("chain", _draw_chain, tuple(range(1, 5)), lambda s: ("read", "submit"), lambda s: s["cells"]),

@@ -8,6 +8,8 @@ tasks too: that is the cost of overthinking.
 
 from __future__ import annotations
 
+import itertools
+
 from autotool_fast.chat import ToolCall, render_reply
 from autotool_fast.tasks.families import (
     FAMILIES,
@@ -47,7 +49,7 @@ def _compact_request(family: str, spec: Spec) -> str:
         pairs = "".join(f"{a}>{b}" for a, b in spec["map"])
         return f"map {pairs}{_compact_goal(family, spec)}"
     if family == "reg":
-        ops = "".join(f" #{i} {op} {amount}" for i, (op, amount) in enumerate(spec["ops"], 1))
+        ops = "".join(f" #{i} {'+' if op == 'add' else '-'}{n}" for i, (op, n) in enumerate(spec["ops"], 1))
         return f"reg {spec['start']}{ops}"
     if family == "cups":
         swaps = "".join(f" #{i} {a}{b}" for i, (a, b) in enumerate(spec["swaps"], 1))
@@ -89,7 +91,8 @@ def _compact_work(family: str, spec: Spec, turn: int) -> str:
     if family == "missing":
         return "missing value" if turn == 0 else f"{spec['item']}={spec['value']}"
     if family == "hop":
-        return "".join(hop_path(spec))
+        path = hop_path(spec)
+        return "".join(f"{a}>{b}" for a, b in itertools.pairwise(path))
     if family == "reg":
         return "".join(f" #{i} {value}" for i, value in enumerate(reg_values(spec), 1))
     if family == "cups":
@@ -116,7 +119,9 @@ def _natural_request(family: str, spec: Spec) -> str:
             "Go to the place where I end up."
         )
     if family == "reg":
-        ops = "; ".join(f"step {i}: {'add' if op == 'add' else 'subtract'} {n}" for i, (op, n) in enumerate(spec["ops"], 1))
+        ops = "; ".join(
+            f"step {i}: {'add' if op == 'add' else 'subtract'} {n}" for i, (op, n) in enumerate(spec["ops"], 1)
+        )
         return (
             f"A counter that wraps around after 9 (9 plus 1 is 0) shows {spec['start']}. {ops.capitalize()}. "
             "Submit what it shows in the end."
@@ -138,7 +143,9 @@ def _natural_think(task: Task, turn: int) -> str:
     if turn > 0:
         return _natural_work(family, spec, turn)
     needed = _needed(family, spec)
-    weighed = " ".join(f"{name} {'is what I need' if name in needed else 'does not help'}." for name in task.spec["tools"])
+    weighed = " ".join(
+        f"{name} {'is what I need' if name in needed else 'does not help'}." for name in task.spec["tools"]
+    )
     return f"The request is: {task.messages[0]['content']} The tools: {weighed} {_natural_work(family, spec, turn)}"
 
 
@@ -196,17 +203,23 @@ def compact_fragments() -> list[str]:
 
     return [
         *("[think]\n", "[no_think]\n", "<think>\n", "\n</think>\n", "\n"),
-        *(opening("set", "item", '"'), '", "value": ', opening("goto", "place", '"'), opening("submit", "value", "")),
+        *(
+            opening("set", "item", '"'),
+            '", "value": ',
+            opening("goto", "place", '"'),
+            opening("submit", "value", ""),
+        ),
         *(opening("pick", "cup1", ""), ', "cup2": ', opening("read", "key", '"')),
         *("}}\n</tool_call>", '"}}\n</tool_call>', '{"value": ', ', "next": "', '"}', "error"),
         *(f"{name} " for name in TOOLS),
         *("yes ", "no ", "need: ", "; tools: ", "; so: ", "so: ", "no tool", "missing value"),
-        *("map ", " from ", " hop ", "reg ", "add ", "sub ", "cups ", " swap", "chain", " reads "),
+        *("map ", " from ", " hop ", "reg ", "cups ", " swap", "chain", " reads "),
         *("sum ", " left ", " and ", "?"),
         *ITEMS,
         *(f"{item}=" for item in ITEMS),
         *PLACES,
         *(f"{place}>" for place in PLACES),
         *(str(digit) for digit in range(10)),
+        *(f"{sign}{amount}" for sign in "+-" for amount in range(1, 4)),
         *(f" #{index} " for index in range(1, 9)),
     ]

@@ -99,7 +99,8 @@ TOOLS: dict[str, Tool] = {
             "set",
             "Set an item of the house to a level.",
             _object(
-                item={"type": "string", "enum": list(ITEMS), "description": "the item"}, value=_digit("the level")
+                item={"type": "string", "enum": list(ITEMS), "description": "the item"},
+                value=_digit("the level"),
             ),
             _set,
         ),
@@ -182,11 +183,17 @@ class World:
         for name in families:
             if name not in FAMILIES:
                 raise UserError(
-                    f"unknown family {name!r}", where="world.families", remedy=f"choose from {', '.join(FAMILIES)}"
+                    f"unknown family {name!r}",
+                    where="world.families",
+                    remedy=f"choose from {', '.join(FAMILIES)}",
                 )
         self.rendering = rendering
         self.cells = [
-            (name, k) for name in FAMILIES if name in families for k in FAMILIES[name].difficulties if k <= max_difficulty
+            (name, k)
+            for name in FAMILIES
+            if name in families
+            for k in FAMILIES[name].difficulties
+            if k <= max_difficulty
         ]
         self.easy = [cell for cell in self.cells if cell[1] == 0]
         self.steps = [cell for cell in self.cells if cell[1] > 0]

@@ -1,0 +1,249 @@
+"""The loop under every training stage: steps, metrics, checkpoints, interruption.
+
+Guarantees: Ctrl-C takes effect between two steps, after a checkpoint; a resumed stage continues from its newest
+verified checkpoint as if it had not stopped; a step whose loss or gradient is not finite changes nothing, its batch is
+kept, and three in a row end the run. What a step does is the stage's business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from autotool_fast import checkpoint
+from autotool_fast.config import TrainConfig
+from autotool_fast.errors import UserError
+from autotool_fast.metrics import MetricsWriter, Progress, Timer
+from autotool_fast.runs import RunFolder
+
+MAX_SKIPPED = 3
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C and the stage has saved what it had."""
+
+
+class StopFlag:
+    """Turns Ctrl-C into a flag that loops read between steps; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def installed(self, notify: Callable[[str], None]) -> Iterator[StopFlag]:
+        """Handle SIGINT inside the block; the earlier handler comes back after it."""
+
+        def handle(signum: int, frame: object) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+            notify("stopping after this step; press Ctrl-C again to stop at once")
+
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def check(self) -> None:
+        """Raise `Interrupted` when a stop was asked for."""
+        if self.requested:
+            raise Interrupted
+
+
+@dataclass
+class Context:
+    """What every stage of a run shares."""
+
+    config: TrainConfig
+    run: RunFolder
+    metrics: MetricsWriter
+    progress: Progress
+    stop: StopFlag
+    timer: Timer = field(default_factory=Timer)
+
+
+class Optimizers:
+    """One or several torch optimizers over disjoint parameters, stepped together.
+
+    Args:
+        model: its parameters are split by shape.
+        lr: peak learning rate.
+        weight_decay: decoupled.
+        matrix: "adamw" for AdamW on everything, "muon" for Muon on the decoder's weight matrices and AdamW on the rest
+            (embeddings, norms). Muon's update is scaled to AdamW's root mean square, so one `lr` serves both.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, lr: float, weight_decay: float, matrix: str = "adamw") -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+        if matrix == "adamw":
+            matrices = []
+        chosen = {id(p) for p in matrices}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.parameters = [p for _, p in named]
+        self.lr = lr
+        self.members: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+        ]
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.members.append(muon)
+
+    def step(self, max_norm: float, scale: float = 1.0) -> tuple[float, bool]:
+        """Clip, step at `scale` times the peak rate, clear. Returns the gradient norm and whether it was finite.
+
+        A norm that is not finite clears the gradients and changes nothing else.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm))
+        finite = math.isfinite(norm)
+        for optimizer in self.members:
+            if finite:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * scale
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm, finite
+
+    def pack(self) -> tuple[dict[str, torch.Tensor], list[Any]]:
+        """State as (tensors, JSON-able rest)."""
+        tensors, rest = {}, []
+        for i, optimizer in enumerate(self.members):
+            more, state = checkpoint.pack_optimizer(optimizer, f"optimizer{i}")
+            tensors |= more
+            rest.append(state)
+        return tensors, rest
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], rest: Sequence[Any]) -> None:
+        """Restore what `pack` took."""
+        for i, optimizer in enumerate(self.members):
+            checkpoint.unpack_optimizer(optimizer, tensors, rest[i], f"optimizer{i}")
+
+
+def cosine(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
+    """Learning-rate factor: linear from 0 over `warmup` steps, then half a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(steps - warmup, 1)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass
+class StepResult:
+    """What a step reports. `finite` False means that it changed nothing; `batch` is kept for inspection then."""
+
+    metrics: dict[str, float]
+    finite: bool = True
+    batch: Any = None
+
+
+@dataclass
+class StageState:
+    """What a stage trains and must find again after a stop. `extra` is JSON-able and owned by the stage."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizers: Optimizers
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def run_steps(
+    context: Context,
+    stage: str,
+    state: StageState,
+    steps: int,
+    step: Callable[[int], StepResult],
+    *,
+    shown: Sequence[str],
+    checkpoint_every: int = 0,
+    after: Callable[[int], dict[str, float]] | None = None,
+) -> None:
+    """Run `step(0) .. step(steps - 1)`, or what is left of them.
+
+    Args:
+        shown: metrics for the progress line.
+        checkpoint_every: steps between checkpoints; 0 for none but the one at an interruption.
+        after: called with the number of finished steps; its metrics join the step's row (interim evaluations).
+
+    Raises:
+        Interrupted: after a checkpoint, when the user asked to stop.
+        UserError: when three steps in a row were not finite.
+    """
+    folder = context.run.checkpoints(stage)
+    first = 0
+    found = checkpoint.latest(folder, warn=context.progress.say) if context.config.resume else None
+    elapsed = 0.0
+    if found is not None:
+        first, elapsed = found.step, _restore(found, state)
+    context.metrics = _reopen_metrics(context, stage, first)
+    context.progress.start(stage, steps, first)
+    context.timer.take()
+    begin, skipped = time.perf_counter() - elapsed, 0
+    for index in range(first, steps):
+        result = step(index)
+        extra = after(index + 1) if after is not None else {}
+        seconds = time.perf_counter() - begin
+        row = context.metrics.write(
+            stage, index + 1, result.metrics | extra, seconds=seconds, timings=context.timer.take()
+        )
+        context.progress.update(index + 1, {name: row[name] for name in shown if row.get(name) is not None})
+        skipped = 0 if result.finite else skipped + 1
+        if not result.finite:
+            _keep_bad_batch(context, stage, index + 1, result.batch, skipped)
+        due = checkpoint_every and (index + 1) % checkpoint_every == 0
+        if index + 1 < steps and (due or context.stop.requested):
+            _save(context, stage, index + 1, state, seconds)
+        context.stop.check()
+    context.progress.finish()
+
+
+def _save(context: Context, stage: str, step: int, state: StageState, seconds: float) -> None:
+    tensors, rest = state.optimizers.pack()
+    with context.timer.phase("checkpoint"):
+        checkpoint.save(
+            context.run.checkpoints(stage),
+            step,
+            model=state.model,
+            tokenizer=state.tokenizer,
+            tensors=tensors | checkpoint.capture_rng(),
+            state={"optimizers": rest, "extra": state.extra, "seconds": seconds},
+            keep_last=context.config.rl.keep_checkpoints,
+        )
+
+
+def _restore(found: checkpoint.Checkpoint, state: StageState) -> float:
+    saved, tensors = found.state(), found.tensors()
+    found.load_weights(state.model)
+    state.optimizers.unpack(tensors, saved["optimizers"])
+    state.extra.clear()
+    state.extra.update(saved["extra"])
+    checkpoint.restore_rng(tensors)
+    return saved["seconds"]
+
+
+def _reopen_metrics(context: Context, stage: str, first: int) -> MetricsWriter:
+    """Drop the rows this stage is about to write again."""
+    context.metrics.close()
+    return MetricsWriter.open(context.run.metrics, lambda row: row["stage"] != stage or row["step"] <= first)
+
+
+def _keep_bad_batch(context: Context, stage: str, step: int, batch: Any, skipped: int) -> None:
+    path = context.run.path / "bad_batches" / f"{stage}-{step}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(batch), encoding="utf-8")
+    context.progress.say(f"{stage} step {step}: loss or gradient not finite, step skipped, batch kept in {path}")
+    if skipped >= MAX_SKIPPED:
+        raise UserError(
+            f"{MAX_SKIPPED} steps in a row were not finite",
+            where=stage,
+            remedy=f"look at {path.parent}, lower the lr",
+        )

@@ -1,0 +1,494 @@
+"""The stages of a run, in order, and what each leaves in the run folder for the next.
+
+    base     -> models/base
+    label    -> labels.jsonl            counts, label and both demonstrations of every prompt
+    warmup   -> models/warmup
+    distill  -> models/distilled
+    refine   -> refined.json            indices kept out of the RL prompt pool, and why the rest is not
+    rl       -> models/rl, transcripts.jsonl
+    eval     -> results.json, transcripts.jsonl
+
+Every random choice is a function of (seed, stage, step), so a stage gives the same result alone, together with others
+or after a stop. What a step of RL does is in `rl`, of SFT in `warmup`; the loop around them is `loop`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from autotool_fast import files
+from autotool_fast.chat import ChatFormat
+from autotool_fast.checkpoint import no_progress_bars
+from autotool_fast.config import SftConfig, TrainConfig
+from autotool_fast.errors import UserError
+from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, cell_weights, evaluate
+from autotool_fast.labeling import Outcome, label, label_table
+from autotool_fast.loop import (
+    Context,
+    Interrupted,
+    Optimizers,
+    StageState,
+    StepResult,
+    StopFlag,
+    cosine,
+    run_steps,
+)
+from autotool_fast.metrics import MetricsWriter, Progress
+from autotool_fast.refine import refine
+from autotool_fast.rl import PolicyTrainer, policy_optimizers, reward_table, rollout_limits
+from autotool_fast.rollout.driver import rollout
+from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.records import Trajectory
+from autotool_fast.runs import RunFolder
+from autotool_fast.tasks.record import Task
+from autotool_fast.tasks.rendering import solution
+from autotool_fast.tasks.tiny import build_model, build_tokenizer
+from autotool_fast.tasks.world import World
+from autotool_fast.transcripts import Transcripts, one_per_cell, rewards_of
+from autotool_fast.warmup import Demonstration, demonstrate, imitate, sft_backward
+
+MODEL_OF_STAGE = {"base": "base", "warmup": "warmup", "distill": "distilled", "rl": "rl"}
+
+
+class Pipeline:
+    """The objects that all stages of one run use."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.config: TrainConfig = context.config
+        self.run = context.run
+        world = self.config.world
+        self.world = World(world.families, world.max_difficulty)
+        self.weights = cell_weights(self.world, world.easy_share)
+        self.tokenizer = build_tokenizer()
+        self.chat = ChatFormat(self.tokenizer)
+        self.limits = rollout_limits(self.config.rollout)
+
+    def load(self, name: str) -> PreTrainedModel:
+        """A model that an earlier stage saved."""
+        folder = self.run.model(name)
+        if not (folder / "config.json").exists():
+            stage = next(stage for stage, model in MODEL_OF_STAGE.items() if model == name)
+            raise UserError("is missing", where=str(folder), remedy=f"run stage {stage} first")
+        return load_model(folder)
+
+    def save(self, model: PreTrainedModel, name: str) -> None:
+        """Export a model as a Hugging Face folder."""
+        folder = self.run.model(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        with no_progress_bars():
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def engine(self, model: PreTrainedModel) -> SlotEngine:
+        """A rollout engine on a model."""
+        rollout_config = self.config.rollout
+        return SlotEngine(
+            model,
+            slots=rollout_config.slots,
+            max_len=self.config.model.max_positions,
+            prefill_chunk=rollout_config.prefill_chunk,
+        )
+
+    def draw(self, count: int, purpose: str) -> list[Task]:
+        """Training prompts for a purpose."""
+        return list(self.world.draw(count, "train", f"{self.config.seed}/{purpose}", self.config.world.easy_share))
+
+    def sft(
+        self,
+        stage: str,
+        model: PreTrainedModel,
+        config: SftConfig,
+        batch: Callable[[int], Sequence[Demonstration]],
+        *,
+        steps: int | None = None,
+        matrix: str = "adamw",
+    ) -> None:
+        """Fine-tune `model` on `batch(step)`, with cosine decay, and save it."""
+        steps = config.steps if steps is None else steps
+        optimizers = Optimizers(model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix)
+        timer = self.context.timer
+
+        def step(index: int) -> StepResult:
+            with timer.phase("data"):
+                demos = batch(index)
+            with timer.phase("backward"):
+                loss = sft_backward(model, demos)
+            with timer.phase("optimizer"):
+                norm, finite = optimizers.step(config.grad_clip, cosine(index, steps, config.warmup_steps))
+            metrics = {"loss/sft": loss, "grad_norm": norm}
+            return StepResult(metrics, finite, None if finite else [demo.ids.tolist() for demo in demos])
+
+        model.train()
+        state = StageState(model, self.tokenizer, optimizers)
+        run_steps(
+            self.context,
+            stage,
+            state,
+            steps,
+            step,
+            shown=("loss/sft",),
+            checkpoint_every=config.checkpoint_every,
+        )
+        self.save(model, MODEL_OF_STAGE[stage])
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A model folder in float32."""
+    with no_progress_bars():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def base(p: Pipeline) -> dict[str, Any]:
+    """Train the tiny model from scratch, or take over the model that `base.reuse` names."""
+    config = p.config.base
+    if config.reuse:
+        source = Path(config.reuse)
+        if not (source / "config.json").exists():
+            raise UserError("holds no model", where=f"base.reuse ({source})", remedy="name a models/base folder")
+        saved = AutoTokenizer.from_pretrained(source)
+        if saved.get_vocab() != p.tokenizer.get_vocab():
+            raise UserError("has another vocabulary", where=f"base.reuse ({source})", remedy="train the base anew")
+        model = load_model(source)
+        p.save(model, "base")
+        return {"reused": str(source)}
+    model = build_model(p.config.model, p.tokenizer, p.config.seed)
+
+    def batch(step: int) -> list[Demonstration]:
+        rng = np.random.default_rng([p.config.seed, step])
+        tasks = p.world.draw(config.batch, "train", f"{p.config.seed}/base/{step}", config.easy_share)
+        return [demonstrate(task, solution(task, think=rng.random() < 0.5), p.chat) for task in tasks]
+
+    p.sft("base", model, config, batch, matrix=config.optimizer)
+    return {"parameters": model.num_parameters()}
+
+
+def label_prompts(p: Pipeline) -> dict[str, Any]:
+    """Sample every prompt in both modes; keep counts, labels and demonstrations."""
+    config, progress = p.config.label, p.context.progress
+    engine = p.engine(p.load("base"))
+    tasks = p.draw(config.prompts, "label")
+    samples: dict[str, list[Trajectory]] = {}
+    progress.start("label", 2 * len(tasks) * config.k)
+    for number, mode in enumerate(("no_think", "think")):
+        samples[mode] = rollout(
+            engine,
+            tasks,
+            chat=p.chat,
+            group_size=config.k,
+            seed=p.config.seed,
+            step=number,
+            mode=mode,
+            limits=p.limits,
+            on_progress=lambda done, total, before=number: progress.update(before * total + done),
+        )
+        p.context.stop.check()
+    progress.finish()
+    rows, outcomes = [], []
+    for i, task in enumerate(tasks):
+        short, long = (samples[mode][i * config.k : (i + 1) * config.k] for mode in ("no_think", "think"))
+        outcome = Outcome(task.difficulty, sum(t.correct for t in short), sum(t.correct for t in long), config.k)
+        outcomes.append(outcome)
+        trace = next((t for t in long if t.correct), None)
+        rows.append(
+            {
+                "id": task.id,
+                "family": task.family,
+                "difficulty": task.difficulty,
+                "no_think_correct": outcome.no_think_correct,
+                "think_correct": outcome.think_correct,
+                "label": label(
+                    outcome.no_think_correct,
+                    outcome.think_correct,
+                    config.k,
+                    p.config.label_rule,
+                    config.threshold,
+                ),
+                "short": _demo_json(demonstrate(task, solution(task, think=False), p.chat)),
+                "long": None if trace is None else _demo_json(imitate(trace, p.chat)),
+            }
+        )
+    files.write_text(p.run.path / "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    table = label_table(outcomes, p.config.label_rule, config.threshold)
+    return {"rule": p.config.label_rule, "k": config.k, "table": [vars(row) for row in table]}
+
+
+def _demo_json(demo: Demonstration) -> dict[str, list[int]]:
+    return {"ids": demo.ids.tolist(), "trained": demo.trained.astype(int).tolist()}
+
+
+def _read_labels(p: Pipeline) -> list[dict[str, Any]]:
+    path = p.run.path / "labels.jsonl"
+    if not path.exists():
+        raise UserError("is missing", where=str(path), remedy="run stage label first")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _demo(values: dict[str, list[int]]) -> Demonstration:
+    return Demonstration(np.array(values["ids"], np.int32), np.array(values["trained"], bool))
+
+
+def epochs(count: int, size: int, step: int, seed: Sequence[int]) -> list[int]:
+    """Indices of batch `step` when `count` items are passed through in shuffled epochs, `size` at a time."""
+    chosen = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, count)
+        chosen.append(int(np.random.default_rng([*seed, epoch]).permutation(count)[place]))
+    return chosen
+
+
+def warmup(p: Pipeline) -> dict[str, Any]:
+    """SFT on short answers where they are good enough and long traces where not; a cold start skips it."""
+    if p.config.start == "cold":
+        return {"skipped": "cold start"}
+    demos = [_demo(row[row["label"]]) for row in _read_labels(p) if row["label"] != "drop"]
+    if not demos:
+        raise UserError("no prompt has a usable label", where="label", remedy="train the base model for longer")
+    config = p.config.warmup
+    p.sft(
+        "warmup",
+        p.load("base"),
+        config,
+        lambda step: [demos[i] for i in epochs(len(demos), config.batch, step, (p.config.seed, 1))],
+    )
+    return {"demonstrations": len(demos)}
+
+
+def distill(p: Pipeline) -> dict[str, Any]:
+    """The always-think baseline: SFT on long traces alone, with as many updates as warm-up and RL together."""
+    demos = [_demo(row["long"]) for row in _read_labels(p) if row["long"] is not None]
+    if not demos:
+        raise UserError("no prompt was solved by thinking", where="label", remedy="train the base model for longer")
+    config = p.config.distill
+    warm = 0 if p.config.start == "cold" else p.config.warmup.steps
+    steps = config.steps or warm + p.config.rl.steps
+    p.sft(
+        "distill",
+        p.load("base"),
+        config,
+        lambda step: [demos[i] for i in epochs(len(demos), config.batch, step, (p.config.seed, 2))],
+        steps=steps,
+    )
+    return {"demonstrations": len(demos), "steps": steps}
+
+
+def _start_model(p: Pipeline) -> PreTrainedModel:
+    return p.load("base" if p.config.start == "cold" else "warmup")
+
+
+def refine_prompts(p: Pipeline) -> dict[str, Any]:
+    """Measure every prompt of the pool over a few GRPO rounds, then choose; the trained copy is thrown away."""
+    config, rl = p.config.refine, p.config.rl
+    pool = p.draw(config.prompts, "rl")
+    if not config.enabled:
+        files.write_json(p.run.path / "refined.json", {"kept": list(range(len(pool))), "report": {}})
+        return {"kept": len(pool), "pool": len(pool)}
+    model = _start_model(p)
+    state = StageState(model, p.tokenizer, policy_optimizers(rl, model))
+    trainer = PolicyTrainer(p.config, state, p.engine(model), p.chat, p.context.timer)
+    trainer.start_controller(pool[: rl.prompts_per_step])
+    size = rl.prompts_per_step
+    batches = -(-len(pool) // size)
+    rewards, success = np.zeros((len(pool), config.rounds)), np.zeros((len(pool), config.rounds))
+    state.extra |= {"rewards": rewards.tolist(), "success": success.tolist()}
+
+    def step(index: int) -> StepResult:
+        turn, part = divmod(index, batches)
+        order = np.random.default_rng([p.config.seed, 3, turn]).permutation(len(pool))
+        chosen = order[part * size : (part + 1) * size]
+        # Steps before -1 are streams of random numbers that the RL stage never uses.
+        result = trainer.step([pool[i] for i in chosen], -2 - index)
+        for place, i in enumerate(chosen):
+            mine = slice(place * rl.group_size, (place + 1) * rl.group_size)
+            state.extra["rewards"][i][turn] = float(np.mean(trainer.last_rewards[mine]))
+            state.extra["success"][i][turn] = float(np.mean([t.correct for t in trainer.last[mine]]))
+        return result
+
+    run_steps(
+        p.context,
+        "refine",
+        state,
+        config.rounds * batches,
+        step,
+        shown=("reward/mean",),
+        checkpoint_every=rl.checkpoint_every,
+    )
+    result = refine(
+        state.extra["rewards"],
+        np.mean(state.extra["success"], axis=1),
+        [task.difficulty for task in pool],
+        seed=p.config.seed,
+        drop_easy=config.drop_easy,
+        drop_hard=config.drop_hard,
+        keep=config.keep,
+        rank=config.rank,
+    )
+    files.write_json(p.run.path / "refined.json", {"kept": result.kept.tolist(), "report": result.report})
+    return {"kept": len(result.kept), **result.report}
+
+
+def _rl_prompts(p: Pipeline) -> list[Task]:
+    pool = p.draw(p.config.refine.prompts, "rl")
+    path = p.run.path / "refined.json"
+    if not path.exists():
+        if p.config.refine.enabled:
+            raise UserError("is missing", where=str(path), remedy="run stage refine first, or --refine.enabled False")
+        return pool
+    return [pool[i] for i in json.loads(path.read_text(encoding="utf-8"))["kept"]]
+
+
+def rl(p: Pipeline) -> dict[str, Any]:
+    """GRPO with the entropy arm of the run."""
+    config = p.config.rl
+    prompts = _rl_prompts(p)
+    model = _start_model(p)
+    state = StageState(model, p.tokenizer, policy_optimizers(config, model))
+    engine = p.engine(model)
+    trainer = PolicyTrainer(p.config, state, engine, p.chat, p.context.timer)
+    held_out = p.world.grid(p.config.eval.interim_per_cell, "test", f"{p.config.seed}/interim")
+    transcripts = Transcripts(p.run.path / "transcripts.jsonl", p.chat)
+
+    def batch(index: int) -> list[Task]:
+        return [prompts[i] for i in epochs(len(prompts), config.prompts_per_step, index, (p.config.seed, 4))]
+
+    def step(index: int) -> StepResult:
+        trainer.start_controller(batch(0))
+        return trainer.step(batch(index), index)
+
+    def after(done: int) -> dict[str, float]:
+        if not config.eval_every or (done % config.eval_every and done != config.steps):
+            return {}
+        first = slice(0, 4 * config.group_size, config.group_size)
+        transcripts.replace("rl", done, trainer.last[first], trainer.last_rewards[first])
+        with p.context.timer.phase("eval"):
+            result = evaluate(engine, p.chat, held_out, p.weights, limits=p.limits, modes=("auto",))["auto"]
+        metrics = {f"eval/{name}": result["overall"][name] for name in ("accuracy", "think_rate", "tokens")}
+        for name, values in result["bands"].items():
+            metrics |= {
+                f"eval/acc/{name}": values["accuracy"],
+                f"eval/think_rate/{name}": values["think_rate"],
+            }
+        return metrics
+
+    run_steps(
+        p.context,
+        "rl",
+        state,
+        config.steps,
+        step,
+        shown=(
+            "reward/mean",
+            "acc/hard",
+            "think_rate/hard",
+            "think_rate/easy",
+            "tokens/response",
+            "beta/long",
+        ),
+        checkpoint_every=config.checkpoint_every,
+        after=after,
+    )
+    p.save(model, "rl")
+    return {"prompts": len(prompts), "controller": state.extra["controller"] if state.extra else None}
+
+
+def eval_models(p: Pipeline) -> dict[str, Any]:
+    """Every model of the run in every mode on the held-out grid; writes results.json."""
+    config, progress = p.config.eval, p.context.progress
+    tasks = p.world.grid(config.per_cell, "test", f"{p.config.seed}/eval")
+    names = [name for name in ("base", "distilled", "warmup", "rl") if (p.run.model(name) / "config.json").exists()]
+    if not names:
+        raise UserError(
+            "there is no model to evaluate", where=str(p.run.path / "models"), remedy="run stage base first"
+        )
+    transcripts = Transcripts(p.run.path / "transcripts.jsonl", p.chat)
+    table = reward_table(p.config.rl)
+    progress.start("eval", len(names))
+    models = {}
+    for number, name in enumerate(names, 1):
+
+        def keep(mode: str, trajectories: list[Trajectory], name: str = name) -> None:
+            if name == names[-1] and mode == "auto":
+                shown = one_per_cell(trajectories)
+                transcripts.replace("eval", 0, shown, rewards_of(shown, table))
+
+        models[name] = evaluate(
+            p.engine(p.load(name)),
+            p.chat,
+            tasks,
+            p.weights,
+            limits=p.limits,
+            modes=ALL_MODES,
+            temperature=config.temperature,
+            seed=p.config.seed,
+            on_mode=keep,
+        )
+        progress.update(number, {f"{name} accuracy": models[name]["auto"]["overall"]["accuracy"]})
+        p.context.stop.check()
+    progress.finish()
+    results = {
+        "models": models,
+        "acu_unit": ACU_UNIT,
+        "per_cell": config.per_cell,
+        "easy_share": p.config.world.easy_share,
+        "vocabulary": len(p.tokenizer),
+    }
+    files.write_json(p.run.path / "results.json", results)
+    return {name: values["auto"]["overall"] for name, values in models.items()}
+
+
+STAGES: dict[str, Callable[[Pipeline], dict[str, Any]]] = {
+    "base": base,
+    "label": label_prompts,
+    "warmup": warmup,
+    "distill": distill,
+    "refine": refine_prompts,
+    "rl": rl,
+    "eval": eval_models,
+}
+
+
+@contextmanager
+def open_context(config: TrainConfig) -> Iterator[Context]:
+    """The run folder, metrics and progress of a configuration, with Ctrl-C handled."""
+    with RunFolder.create(config) as run, Progress() as progress:
+        metrics = MetricsWriter.open(run.metrics, lambda row: True)
+        context = Context(config, run, metrics, progress, StopFlag())
+        try:
+            with context.stop.installed(progress.say):
+                yield context
+        finally:
+            context.metrics.close()
+
+
+def run_stages(config: TrainConfig) -> int:
+    """Run the configured stages; returns the exit code."""
+    from autotool_fast.report import write_report
+    from autotool_fast.summary import print_summary
+
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    with open_context(config) as context:
+        pipeline = Pipeline(context)
+        try:
+            for stage in config.stages:
+                if context.run.is_finished(stage):
+                    context.progress.say(f"{stage}: finished before")
+                    continue
+                context.run.finish_stage(stage, STAGES[stage](pipeline))
+        except Interrupted:
+            context.progress.finish()
+            context.progress.say(f"interrupted; saved in {context.run.path}, continue with --resume")
+            write_report(context.run.path)
+            return 130
+    report = write_report(context.run.path)
+    print_summary(context.run.path, report)
+    return 0

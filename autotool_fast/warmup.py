@@ -1,0 +1,90 @@
+"""Supervised fine-tuning of stage 1: demonstrations and their loss.
+
+A demonstration is a token sequence with the tokens to learn marked: replies written by a teacher, or a sampled
+trajectory taken over id by id. Used by base training, warm-up and the always-think baseline, which differ only in the
+demonstrations they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from autotool_fast.chat import SOURCE_SAMPLED, ChatFormat, parse_reply
+from autotool_fast.policy import pack, packed_logp_entropy
+from autotool_fast.rollout.records import Trajectory
+from autotool_fast.tasks.record import Task
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One sequence to imitate: `ids` int32 [T], `trained` bool [T] marks the tokens that enter the loss."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+def demonstrate(task: Task, replies: Sequence[str], chat: ChatFormat) -> Demonstration:
+    """Play `replies` (text, one per assistant turn) through an episode; reply tokens and stop tokens are trained."""
+    ids = chat.encode_prompt(list(task.messages), list(task.tools))
+    trained = [False] * len(ids)
+    stop = min(chat.stop_ids)
+    episode = task.episode()
+    for reply in replies:
+        turn = [*chat.encode_text(reply), stop]
+        ids += turn
+        trained += [True] * len(turn)
+        messages = episode.step(parse_reply(reply))
+        if messages is None:
+            break
+        continuation = chat.encode_continuation(messages)
+        ids += continuation
+        trained += [False] * len(continuation)
+    return Demonstration(np.asarray(ids, np.int32), np.asarray(trained))
+
+
+def imitate(trajectory: Trajectory, chat: ChatFormat) -> Demonstration:
+    """A sampled trajectory as a demonstration; forced mode tags are trained too, or no mode would be learnt."""
+    trained = trajectory.source == SOURCE_SAMPLED
+    for (start, _), reply in zip(trajectory.turn_spans, trajectory.replies, strict=True):
+        tag = chat.encode_mode(reply.mode) if reply.mode else []
+        if tag and trajectory.ids[start - len(tag) : start].tolist() == tag:
+            trained[start - len(tag) : start] = True
+    return Demonstration(trajectory.ids, trained)
+
+
+def sft_backward(
+    model: PreTrainedModel, batch: Sequence[Demonstration], *, micro_tokens: int = 8192, backend: str = "auto"
+) -> float:
+    """Accumulate the gradient of the mean negative log-prob over all trained tokens of `batch`; returns it, in nats.
+
+    Micro-batches of at most `micro_tokens` tokens (or one sequence) do not change the result: each is weighted by the
+    batch's token count.
+    """
+    total = sum(int(demo.trained.sum()) for demo in batch)
+    loss_sum = 0.0
+    for part in by_tokens([len(demo.ids) for demo in batch], micro_tokens):
+        demos = [batch[i] for i in part]
+        trained = torch.from_numpy(np.concatenate([demo.trained for demo in demos]))
+        logp = packed_logp_entropy(model, pack([demo.ids for demo in demos]), trained, backend=backend).logp
+        loss = -logp.sum() / total
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum
+
+
+def by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices grouped, longest first, so that a group holds at most `budget` tokens or a single sequence."""
+    groups: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not groups or lengths[i] > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(i)
+        room -= lengths[i]
+    return groups
