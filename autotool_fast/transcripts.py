@@ -14,8 +14,8 @@ from autotool_fast.rollout.records import Trajectory
 class Transcripts:
     """Appends trajectories to a JSON-lines file.
 
-    One row per trajectory: stage, step, task_id, family, difficulty, mode, correct, reward, stop_reason, and tokens, each
-    with its text, source (see `chat`), log-prob and entropy in nats.
+    One row per trajectory: stage, step, task_id, family, difficulty, mode, correct, reward, stop_reason, and tokens
+    (text, source as in `chat`, log-prob and entropy in nats).
     """
 
     def __init__(self, path: Path, chat: ChatFormat) -> None:
