@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from autotool_kernels import backends
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
+# The CUDA C++ extension serves the two ops on logits, where it is built and there is a device.
+LOGITS_BACKENDS = (*BACKENDS, "cuda") if backends()["cuda"].available else BACKENDS
 # Triton's interpreter computes with numpy, which warns about -inf arithmetic that the kernels select away.
 QUIET = "ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"
 

@@ -1,4 +1,4 @@
-"""torch.library contracts (opcheck), torch.compile without graph breaks, and Triton machine code without a GPU."""
+"""torch.library contracts, torch.compile without graph breaks, Triton machine code without a GPU."""
 
 from __future__ import annotations
 

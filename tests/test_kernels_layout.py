@@ -1,4 +1,4 @@
-"""The folder `kernels/` must not shadow Hugging Face's package of that name, and the packages stay one-way."""
+"""The folder `kernels/` must not shadow Hugging Face's package of that name; packages import one way."""
 
 from __future__ import annotations
 

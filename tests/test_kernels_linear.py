@@ -199,6 +199,22 @@ def test_repeats_are_bitwise_equal():
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_devices_that_must_not_stop_the_host_mask_instead(monkeypatch):
+    monkeypatch.setattr(reference, "host_may_look", lambda tensor: False)
+    hidden, weight, target, upstream = problem(20, 8, 50)
+    target[::3] = -100
+    hidden[::3] = float("nan")
+    actual = run(hidden, weight, target, upstream, backend="torch")
+    wanted = expected(hidden.nan_to_num(0.0), weight, target, upstream)
+    assert actual[2][::3].count_nonzero() == 0
+    for a, w in zip(actual, wanted, strict=True):
+        assert (a - w).abs().max() <= TOLERANCE * max(1.0, w.abs().max().item())
+    target[1] = 50
+    logp, entropy = linear_logp_entropy(hidden, weight, target, backend="torch")
+    assert logp.isnan().nonzero()[:, 0].tolist() == [1]
+    assert entropy.isfinite().all()
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="labels are only read by the host on a CPU")
 @pytest.mark.parametrize("label", [30, -1, -101])
 def test_label_out_of_range_is_refused(label):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import kernels_oracle as oracle
 import pytest
 import torch
-from autotool_kernels import logits_logp_entropy
-from kernels_oracle import BACKENDS, DEVICE, QUIET
+from autotool_kernels import logits_logp_entropy, reference
+from kernels_oracle import DEVICE, LOGITS_BACKENDS, QUIET
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 # Logits are given, so only the statistics round: float32 sums of up to 5000 terms, and exp of |x| < 20.
@@ -38,7 +38,7 @@ def assert_close(actual, wanted, tolerance=TOLERANCE):
         assert (a - w).abs().max() <= tolerance * max(1.0, w.abs().max().item())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 @pytest.mark.parametrize(("n", "v"), [(1, 2), (7, 131), (3, 5000), (5, 1), (0, 9)])
 def test_matches_dense_float64(backend, n, v):
     args = problem(n, v)
@@ -52,12 +52,10 @@ def test_gradcheck_in_float64():
     logits, target, _ = problem(4, 6, dtype=torch.float64)
     target[2] = -100
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z: tuple(logits_logp_entropy(z, target, temperature=0.7)), (logits,)
-    )
+    assert torch.autograd.gradcheck(lambda z: tuple(logits_logp_entropy(z, target, temperature=0.7)), (logits,))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 @pytest.mark.parametrize("offset", [-200.0, 1e4, -1e4])
 def test_offset_of_all_logits_changes_nothing(backend, offset):
     """A maximum that starts at 0 gives NaN below -88, and unshifted entropy loses digits at 1e4."""
@@ -66,7 +64,7 @@ def test_offset_of_all_logits_changes_nothing(backend, offset):
     assert_close(run(logits + offset, target, upstream, backend=backend), expected(logits, target, upstream))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_masked_tokens_carry_no_probability(backend):
     logits, target, upstream = problem(5, 5000)
     hidden_away = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
@@ -79,7 +77,7 @@ def test_masked_tokens_carry_no_probability(backend):
     assert actual[2][hidden_away].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_peaked_rows(backend):
     """Rows as confident as a trained model's: errors must not grow with the largest logit."""
     logits, target, upstream = problem(8, 3000)
@@ -87,7 +85,7 @@ def test_peaked_rows(backend):
     assert_close(run(logits, target, upstream, backend=backend), expected(logits, target, upstream), 5e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_gradient_rows_sum_to_zero(backend):
     logits, target, upstream = problem(6, 4000)
     (_, _, dz) = run(logits, target, upstream, backend=backend)
@@ -95,7 +93,7 @@ def test_gradient_rows_sum_to_zero(backend):
     assert dz.double().sum(1).abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_any_strides(backend):
     logits, target, upstream = problem(6, 40)
     padded = torch.full((6, 64), float("nan"), device=DEVICE)
@@ -106,7 +104,7 @@ def test_any_strides(backend):
         assert_close(run(view, target, upstream, backend=backend), wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_ignored_rows_and_row_temperatures(backend):
     logits, target, upstream = problem(9, 40)
     target[::2] = -100
@@ -117,7 +115,17 @@ def test_ignored_rows_and_row_temperatures(backend):
     assert_close(actual, expected(logits.nan_to_num(0.0), target, upstream, temperature=temperature))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_devices_that_must_not_stop_the_host_mask_instead(monkeypatch):
+    monkeypatch.setattr(reference, "host_may_look", lambda tensor: False)
+    logits, target, upstream = problem(9, 40)
+    target[::2] = -100
+    logits[::2] = float("nan")
+    actual = run(logits, target, upstream, backend="torch")
+    assert all(t[::2].count_nonzero() == 0 for t in actual)
+    assert_close(actual, expected(logits.nan_to_num(0.0), target, upstream))
+
+
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_expanded_upstream_gradient(backend):
     logits, target, _ = problem(5, 30)
     logits.requires_grad_()
@@ -127,7 +135,7 @@ def test_expanded_upstream_gradient(backend):
     assert_close((dz,), expected(logits.detach(), target, ones)[2:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_low_precision_logits(backend):
     args = problem(5, 300, dtype=torch.bfloat16)
     logp, entropy, dz = run(*args, backend=backend)
@@ -141,7 +149,7 @@ def test_low_precision_logits(backend):
 def test_logits_are_not_written_to():
     logits, target, upstream = problem(5, 30)
     before = logits.clone()
-    for backend in BACKENDS:
+    for backend in LOGITS_BACKENDS:
         run(logits, target, upstream, temperature=0.5, backend=backend)
     assert torch.equal(logits, before)
 

@@ -15,7 +15,7 @@ OPTIONS = {"target_short": 0.21, "target_long": 0.19, "beta_short": 0.03, "beta_
 
 
 def batch(dtype=torch.float32, seed=0, longest=1100):
-    """Nine sequences: one empty, one without trained tokens, one malformed, one with advantage 0, one long."""
+    """Nine sequences; one is empty, one untrained, one malformed, one has advantage 0, one is long."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([5, 0, 40, longest, 3, 17, 2, 9, 11])
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).int()
@@ -57,9 +57,7 @@ def expected(args, **options):
 def test_matches_the_formula(backend, normalize, as_tensors):
     args = batch()
     options = dict(OPTIONS, normalize=normalize, clip_low=0.15, clip_high=0.3)
-    given = {
-        k: torch.tensor(v, device=DEVICE) if as_tensors and k in OPTIONS else v for k, v in options.items()
-    }
+    given = {k: torch.tensor(v, device=DEVICE) if as_tensors and k in OPTIONS else v for k, v in options.items()}
     out, grads = run(args, backend=backend, **given)
     (loss, means), wanted = expected(args, **options)
     assert abs(out.loss.item() - loss.item()) <= TOLERANCE * max(1, abs(loss.item()))
@@ -71,9 +69,7 @@ def test_matches_the_formula(backend, normalize, as_tensors):
 def test_gradcheck_in_float64():
     logp, old_logp, entropy, *rest = batch(torch.float64, longest=20)
     logp.requires_grad_(), entropy.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda a, e: policy_loss(a, old_logp, e, *rest, **OPTIONS).loss, (logp, entropy)
-    )
+    assert torch.autograd.gradcheck(lambda a, e: policy_loss(a, old_logp, e, *rest, **OPTIONS).loss, (logp, entropy))
 
 
 def one_sequence(entropy, kind=0, length=1000):

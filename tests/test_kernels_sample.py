@@ -6,7 +6,7 @@ import kernels_oracle as oracle
 import pytest
 import torch
 from autotool_kernels import philox, sample_logp_entropy
-from kernels_oracle import BACKENDS, DEVICE, QUIET
+from kernels_oracle import DEVICE, LOGITS_BACKENDS, QUIET
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 
@@ -71,16 +71,17 @@ def test_backends_draw_the_same_tokens():
         logits, seed, offset = rows(6, v)
         seed[1], offset[2] = -(2**40), 2**33 + 5
         temperature = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 0.7], device=DEVICE)
-        a, b = (
+        first, *others = (
             sample_logp_entropy(logits, temperature=temperature, seed=seed, offset=offset, backend=name)
-            for name in BACKENDS
+            for name in LOGITS_BACKENDS
         )
-        assert torch.equal(a.token, b.token)
-        assert (a.logp - b.logp).abs().max() <= 3e-6
-        assert (a.entropy - b.entropy).abs().max() <= 3e-6
+        for other in others:
+            assert torch.equal(first.token, other.token)
+            assert (first.logp - other.logp).abs().max() <= 3e-6
+            assert (first.entropy - other.entropy).abs().max() <= 3e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_a_row_does_not_depend_on_its_batch(backend):
     logits, seed, offset = rows(9, 130)
     whole = sample_logp_entropy(logits, seed=seed, offset=offset, backend=backend)
@@ -97,13 +98,11 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     logits, seed, offset = rows(9, 130)
     whole = sample_logp_entropy(logits, seed=seed, offset=offset, backend="torch")
     monkeypatch.setitem(philox.TILE_ELEMENTS, DEVICE, 300)
-    for a, b in zip(
-        whole, sample_logp_entropy(logits, seed=seed, offset=offset, backend="torch"), strict=True
-    ):
+    for a, b in zip(whole, sample_logp_entropy(logits, seed=seed, offset=offset, backend="torch"), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_reported_numbers_belong_to_the_sampled_token(backend):
     logits, seed, offset = rows(7, 300)
     temperature = torch.linspace(0.5, 2, 7, device=DEVICE)
@@ -113,7 +112,7 @@ def test_reported_numbers_belong_to_the_sampled_token(backend):
     assert (out.entropy - entropy).abs().max() <= 3e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_temperature_zero_is_greedy_at_temperature_one(backend):
     logits, seed, offset = rows(4, 9)
     logits[1] = 0.0
@@ -126,7 +125,7 @@ def test_temperature_zero_is_greedy_at_temperature_one(backend):
         assert (out.logp - logp).abs().max() <= 3e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
 def test_no_rows(backend):
     out = sample_logp_entropy(*rows(0, 9)[:1], seed=rows(0, 9)[1], offset=rows(0, 9)[2], backend=backend)
     assert [t.shape for t in out] == [(0,)] * 3
@@ -138,9 +137,7 @@ def test_low_precision_logits_and_no_gradient():
     out = sample_logp_entropy(logits.bfloat16().requires_grad_(), seed=seed, offset=offset)
     assert out.logp.dtype == torch.float32
     assert not out.logp.requires_grad
-    assert torch.equal(
-        out.token, sample_logp_entropy(logits.bfloat16().float(), seed=seed, offset=offset).token
-    )
+    assert torch.equal(out.token, sample_logp_entropy(logits.bfloat16().float(), seed=seed, offset=offset).token)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ made by the CPU path alone.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -49,9 +47,7 @@ def linear_logp_entropy(
         raise TypeError(f"weight must have the dtype of hidden ({hidden.dtype}): got {weight.dtype}")
     _check_device("weight", weight, hidden)
     scale, row_temperature = _temperature(temperature, hidden)
-    logp, entropy, _, _ = ops.linear_logp_entropy(
-        hidden, weight, target, scale, row_temperature, ignore_index, backend
-    )
+    logp, entropy, _, _ = ops.linear_logp_entropy(hidden, weight, target, scale, row_temperature, ignore_index, backend)
     return LogpEntropy(logp, entropy)
 
 
@@ -72,9 +68,7 @@ def logits_logp_entropy(
     if logits.shape[1] < 1:
         raise ValueError("logits must have at least one column")
     scale, row_temperature = _temperature(temperature, logits)
-    logp, entropy, _, _ = ops.logits_logp_entropy(
-        logits, target, scale, row_temperature, ignore_index, backend
-    )
+    logp, entropy, _, _ = ops.logits_logp_entropy(logits, target, scale, row_temperature, ignore_index, backend)
     return LogpEntropy(logp, entropy)
 
 
@@ -134,8 +128,7 @@ def policy_loss(
         raise ValueError(f"is_short must have the shape of advantages, [{n_seq}]: got {list(is_short.shape)}")
     if cu_seqlens.shape != (n_seq + 1,) or cu_seqlens.dtype not in _INTEGERS:
         raise ValueError(
-            f"cu_seqlens must be int32 or int64 [{n_seq + 1}]: "
-            f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            f"cu_seqlens must be int32 or int64 [{n_seq + 1}]: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
     for name, tensor in (("advantages", advantages), ("cu_seqlens", cu_seqlens), ("is_short", is_short)):
         _check_device(name, tensor, logp)
@@ -167,19 +160,13 @@ def sample_logp_entropy(
     entropy [B]) without gradients.
     """
     if logits.ndim != 2 or logits.shape[1] < 1 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits must be floating-point [B, V], V >= 1: got {logits.dtype} {list(logits.shape)}"
-        )
+        raise ValueError(f"logits must be floating-point [B, V], V >= 1: got {logits.dtype} {list(logits.shape)}")
     for name, tensor in (("seed", seed), ("offset", offset)):
         if tensor.shape != logits.shape[:1] or tensor.dtype != torch.int64:
-            raise ValueError(
-                f"{name} must be int64 [{logits.shape[0]}]: got {tensor.dtype} {list(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must be int64 [{logits.shape[0]}]: got {tensor.dtype} {list(tensor.shape)}")
         _check_device(name, tensor, logits)
     scale, row_temperature = _temperature(temperature, logits, zero_is_greedy=True)
-    return SampledTokens(
-        *ops.sample_logp_entropy(logits.detach(), scale, row_temperature, seed, offset, backend)
-    )
+    return SampledTokens(*ops.sample_logp_entropy(logits.detach(), scale, row_temperature, seed, offset, backend))
 
 
 def _check_rows(name: str, rows: Tensor, target: Tensor) -> None:
@@ -188,9 +175,7 @@ def _check_rows(name: str, rows: Tensor, target: Tensor) -> None:
     if not rows.is_floating_point():
         raise TypeError(f"{name} must be floating point: got {rows.dtype}")
     if target.shape != rows.shape[:1]:
-        raise ValueError(
-            f"target must be [{rows.shape[0]}], one label per row of {name}: got {list(target.shape)}"
-        )
+        raise ValueError(f"target must be [{rows.shape[0]}], one label per row of {name}: got {list(target.shape)}")
     if target.dtype not in _INTEGERS:
         raise TypeError(f"target must be int32 or int64: got {target.dtype}")
     _check_device("target", target, rows)
@@ -212,10 +197,9 @@ def _temperature(temperature, rows: Tensor, zero_is_greedy: bool = False) -> tup
         return 1.0, temperature.detach().to(compute_dtype(rows.dtype)).expand(rows.shape[0])
     if not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number or a tensor: got {type(temperature).__name__}")
-    if not (temperature > 0 or (zero_is_greedy and temperature == 0)) or math.isinf(temperature):
-        raise ValueError(
-            f"temperature must be positive{' or 0' * zero_is_greedy} and finite: got {temperature}"
-        )
+    # Comparisons only: math.isfinite does not trace a symbolic float.
+    if not (0 < temperature < float("inf") or (zero_is_greedy and temperature == 0)):
+        raise ValueError(f"temperature must be positive{' or 0' * zero_is_greedy} and finite: got {temperature}")
     return float(temperature), None
 
 

@@ -20,10 +20,10 @@ NAMES = ("torch", "triton", "cuda")
 _MODULES = {
     "linear_logp_entropy": {"torch": "reference", "triton": "triton_linear"},
     "linear_logp_entropy_backward": {"torch": "reference", "triton": "triton_linear"},
-    "logits_logp_entropy": {"torch": "reference", "triton": "triton_logits"},
-    "logits_logp_entropy_backward": {"torch": "reference", "triton": "triton_logits"},
+    "logits_logp_entropy": {"torch": "reference", "triton": "triton_logits", "cuda": "cuda"},
+    "logits_logp_entropy_backward": {"torch": "reference", "triton": "triton_logits", "cuda": "cuda"},
     "policy_loss": {"torch": "policy", "triton": "triton_policy"},
-    "sample_logp_entropy": {"torch": "philox", "triton": "triton_sample"},
+    "sample_logp_entropy": {"torch": "philox", "triton": "triton_sample", "cuda": "cuda"},
 }
 _FUNCTIONS = {
     "linear_logp_entropy": "linear_forward",
@@ -70,11 +70,7 @@ def choose(op: str, device_type: str, backend: str = "auto", dtype: torch.dtype 
         if device_type != "cuda":
             return Choice("torch", f"{device_type} tensors are served by PyTorch")
         reason = _why_not(op, device_type, "triton", dtype)
-        return (
-            Choice("triton", "CUDA tensors")
-            if reason is None
-            else Choice("torch", f"Triton cannot: {reason}")
-        )
+        return Choice("triton", "CUDA tensors") if reason is None else Choice("torch", f"Triton cannot: {reason}")
     if backend not in NAMES:
         raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}: got {backend!r}")
     reason = _why_not(op, device_type, backend, dtype)
@@ -127,4 +123,13 @@ def _triton() -> Backend:
 
 
 def _cuda() -> Backend:
-    return Backend(False, "the extension is not built (make ext)")
+    from . import cuda
+
+    reason = cuda.load()
+    if reason is not None:
+        return Backend(False, reason)
+    if not torch.cuda.is_available():
+        return Backend(False, "the extension is built and loads, but there is no CUDA device")
+    if torch.cuda.get_device_capability()[0] not in (8, 9):
+        return Backend(False, "the extension is built for sm_80 and sm_90a only")
+    return Backend(True, "logits_logp_entropy and sample_logp_entropy, built for sm_80 and sm_90a")

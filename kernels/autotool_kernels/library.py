@@ -6,6 +6,8 @@ are extra outputs; the public functions in `api` hide them.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,26 @@ def _register(kind: str):
     def decorate(fn):
         name = fn.__name__.removesuffix("_fake")
         if kind == "run":
-            _lib.impl(name, fn, "CompositeExplicitAutograd")
+            _lib.impl(name, _outside_autocast(fn), "CompositeExplicitAutograd")
         else:
             torch.library.register_fake(f"{NAMESPACE}::{name}", fn, lib=_lib)
         return fn
 
     return decorate
+
+
+def _outside_autocast(fn):
+    """Autocast would round the logits to its low precision, which the ops promise not to do."""
+
+    @functools.wraps(fn)
+    def run(*args):
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return fn(*args)
+        with torch.autocast(device, enabled=False):
+            return fn(*args)
+
+    return run
 
 
 @_register("run")

@@ -59,12 +59,8 @@ def policy_forward(
 ) -> PolicyParts:
     n_seq, n_tok = advantages.shape[0], logp.shape[0]
     dtype = torch.promote_types(logp.dtype, torch.float32)
-    if logp.device.type == "cpu" and (
-        cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tok or (cu_seqlens.diff() < 0).any()
-    ):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens ({n_tok}): got {cu_seqlens.tolist()}"
-        )
+    if logp.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tok or (cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({n_tok}): got {cu_seqlens.tolist()}")
     lengths = cu_seqlens.diff()
     segment = torch.repeat_interleave(lengths, output_size=n_tok)
     offsets = cu_seqlens.long()
@@ -105,9 +101,7 @@ def policy_forward(
     every_ratio = every_log_ratio.exp()
     k3 = every_ratio - 1.0 - every_log_ratio
     tokens = total.clamp(min=1.0)
-    token_means = (
-        torch.stack((clipped_low.to(dtype), clipped_high.to(dtype), k3, every_ratio * mask)).sum(1) / tokens
-    )
+    token_means = torch.stack((clipped_low.to(dtype), clipped_high.to(dtype), k3, every_ratio * mask)).sum(1) / tokens
     ratio_max = torch.where(mask, every_ratio, 0.0).max() if n_tok else total.new_zeros(())
     groups = torch.stack((long, short, open_long, open_short)).double()  # [4, B]
     n_group = groups.sum(1)

@@ -45,6 +45,11 @@ class _Rows(NamedTuple):
         return t if self.index is None else t.index_select(0, self.index)
 
 
+def host_may_look(tensor: Tensor) -> bool:
+    """Whether reading values costs nothing; elsewhere it would stop the host until the device is done."""
+    return tensor.device.type == "cpu"
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything else is computed and returned in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -188,9 +193,7 @@ def logits_backward(
     t = _row_scale(rows, temperature, row_temperature)
     coefficients = _coefficients(rows, grad_logp, grad_entropy, stats, t, dtype)
     whole = rows.index is None and n > 0
-    out = (
-        torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if whole else _zeros_like(logits)
-    )
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if whole else _zeros_like(logits)
     for r in _slices(n, _row_tile(logits, v)):
         z = _scaled_copy(_logit_rows(logits, rows, r), dtype, t, r)
         dz = _dlogits_(z, rows.target[r], coefficients, r, guard=True)
@@ -203,9 +206,7 @@ def logits_backward(
     return out
 
 
-def merge(
-    a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Joins (m, s, u) of two disjoint column sets; the identity is (-inf, 0, 0)."""
     m = torch.maximum(a[0], b[0])
     s = u = 0.0
@@ -219,7 +220,7 @@ def merge(
 
 def _select_rows(target: Tensor, v: int, ignore_index: int, *grads: Tensor | None) -> _Rows:
     ignored = target == ignore_index
-    if target.device.type != "cpu":
+    if not host_may_look(target):
         invalid = ((target < 0) | (target >= v)) & ~ignored
         return _Rows(None, target.long().clamp(0, v - 1)[:, None], ignored, invalid)
     if grads:
@@ -242,7 +243,7 @@ def _select_rows(target: Tensor, v: int, ignore_index: int, *grads: Tensor | Non
 
 def _row_scale(rows: _Rows, temperature: float, row_temperature: Tensor | None) -> Tensor | float | None:
     if row_temperature is not None:
-        if row_temperature.device.type == "cpu" and not (row_temperature > 0).all():
+        if host_may_look(row_temperature) and not (row_temperature > 0).all():
             raise ValueError(f"temperature must be positive: got {row_temperature.min().item()}")
         return rows.take(row_temperature)[:, None]
     return None if temperature == 1.0 else temperature
@@ -272,14 +273,10 @@ def reduce_(z: Tensor, guard: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     return m, e.sum(1, keepdim=True), z.mul_(e).sum(1, keepdim=True)
 
 
-def _finish(
-    rows: _Rows, n: int, dtype: torch.dtype, like: Tensor, parts: list[tuple[Tensor, ...]]
-) -> RowStats:
+def _finish(rows: _Rows, n: int, dtype: torch.dtype, like: Tensor, parts: list[tuple[Tensor, ...]]) -> RowStats:
     if not parts:
         return RowStats(*(torch.zeros(n, dtype=dtype, device=like.device) for _ in range(4)))
-    label, m, s, u = (
-        parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
-    )
+    label, m, s, u = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
     log_s = s.log()
     logp = (label - m).sub_(log_s).clamp_(max=0.0)[:, 0]
     entropy = (log_s - u / s).clamp_(min=0.0)[:, 0]
@@ -316,9 +313,7 @@ def _coefficients(rows, grad_logp, grad_entropy, stats: RowStats, t, dtype) -> t
     return tuple(columns)
 
 
-def _dlogits_(
-    z: Tensor, y: Tensor, coefficients: tuple[Tensor | None, ...], r: slice, guard: bool = False
-) -> Tensor:
+def _dlogits_(z: Tensor, y: Tensor, coefficients: tuple[Tensor | None, ...], r: slice, guard: bool = False) -> Tensor:
     """Turns scaled logits z into dL/dlogits in place; y [n, 1] counts from the tile's first column."""
     a, b, at_label, m = (None if c is None else c[r] for c in coefficients)
     z.sub_(m)

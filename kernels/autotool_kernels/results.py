@@ -18,9 +18,7 @@ class PolicyLoss(NamedTuple):
     """Clipped policy-gradient loss with the gated entropy terms."""
 
     loss: Tensor  # [] carries the gradient to logp and entropy
-    sequence_entropy: (
-        Tensor  # [B] mean entropy of each sequence's trained tokens, detached; 0 where it has none
-    )
+    sequence_entropy: Tensor  # [B] mean entropy of each sequence's trained tokens, detached; 0 where it has none
     metrics: dict[str, Tensor]  # 0-d, detached; names in `policy.METRICS`
 
 

@@ -75,9 +75,7 @@ def _forward(
     u = tl.zeros((BLOCK_N,), tl.float32)
     first = split * SPLIT_TILES * BLOCK_V
     last = tl.minimum(first + SPLIT_TILES * BLOCK_V, V)
-    last = tl.where(
-        tl.sum((y != ignore_index).to(tl.int32), 0) > 0, last, first
-    )  # a block of ignored rows is free
+    last = tl.where(tl.sum((y != ignore_index).to(tl.int32), 0) > 0, last, first)  # a block of ignored rows is free
     for v0 in range(first, last, BLOCK_V):
         columns = v0 + tl.arange(0, BLOCK_V).to(tl.int64)
         z = _logits_tile(

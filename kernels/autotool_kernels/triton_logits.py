@@ -62,9 +62,7 @@ def load_temperature(temperature, temperature_ptr, rows, mask, stride, HAS_ROW_T
 
 
 @triton.jit
-def load_gradients(
-    grad_logp, grad_entropy, rows, mask, stride_g, stride_h, HAS_G: tl.constexpr, HAS_H: tl.constexpr
-):
+def load_gradients(grad_logp, grad_entropy, rows, mask, stride_g, stride_h, HAS_G: tl.constexpr, HAS_H: tl.constexpr):
     """Upstream gradients of rows where `mask`, 0 elsewhere and where the pointer is absent."""
     g = tl.zeros(rows.shape, tl.float32)
     h = tl.zeros(rows.shape, tl.float32)
@@ -94,9 +92,7 @@ def _forward(
     stop = tl.where(tl.sum(live.to(tl.int32), 0) > 0, V, 0)
     for v0 in range(0, stop, BLOCK):
         columns = v0 + tl.arange(0, BLOCK).to(tl.int64)
-        x = tl.load(
-            start[:, None] + columns[None, :] * stride_v, mask=columns[None, :] < V, other=float("-inf")
-        )
+        x = tl.load(start[:, None] + columns[None, :] * stride_v, mask=columns[None, :] < V, other=float("-inf"))
         m, s, u = online_update(m, s, u, x.to(tl.float32) / t[:, None])
     label = tl.load(start + y * stride_v, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32) / t
     logp, entropy, log_s = finish(label, m, s, u)

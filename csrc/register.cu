@@ -1,0 +1,38 @@
+// Schemas and CUDA implementations of the extension's ops, in torch's stable ABI.
+//
+// The Python side allocates the outputs, so that this library needs no allocator.
+#include "common.cuh"
+
+namespace autotool {
+
+void logits_forward(
+    const Tensor& logits, const Tensor& target, double temperature, const std::optional<Tensor>& row_temperature,
+    int64_t ignore_index, Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum);
+void logits_backward(
+    const std::optional<Tensor>& grad_logp, const std::optional<Tensor>& grad_entropy, const Tensor& logits,
+    const Tensor& target, const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
+    const std::optional<Tensor>& row_temperature, int64_t ignore_index, Tensor out);
+void sample(
+    const Tensor& logits, double temperature, const std::optional<Tensor>& row_temperature, const Tensor& seed,
+    const Tensor& offset, Tensor token, Tensor logp, Tensor entropy);
+
+}  // namespace autotool
+
+STABLE_TORCH_LIBRARY(autotool_kernels_cuda, m) {
+  m.def(
+      "logits_forward(Tensor logits, Tensor target, float temperature, Tensor? row_temperature, int ignore_index, "
+      "Tensor(a!) logp, Tensor(b!) entropy, Tensor(c!) row_max, Tensor(d!) log_sum) -> ()");
+  m.def(
+      "logits_backward(Tensor? grad_logp, Tensor? grad_entropy, Tensor logits, Tensor target, Tensor entropy, "
+      "Tensor row_max, Tensor log_sum, float temperature, Tensor? row_temperature, int ignore_index, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "sample(Tensor logits, float temperature, Tensor? row_temperature, Tensor seed, Tensor offset, "
+      "Tensor(a!) token, Tensor(b!) logp, Tensor(c!) entropy) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autotool_kernels_cuda, CUDA, m) {
+  m.impl("logits_forward", TORCH_BOX(&autotool::logits_forward));
+  m.impl("logits_backward", TORCH_BOX(&autotool::logits_backward));
+  m.impl("sample", TORCH_BOX(&autotool::sample));
+}
