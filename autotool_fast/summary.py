@@ -10,12 +10,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from autotool_fast.tasks.world import BANDS
+
+_STYLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left", "caption_justify": "left", "padding": (0, 1)}
+
+MIN_WIDTH = 100
+"""Columns the tables need; narrower terminals wrap lines rather than lose figures."""
+
 MODEL_NAMES = {"base": "base", "distilled": "always-think SFT", "warmup": "warm-up SFT", "rl": "AutoTool RL"}
 
 
 def print_summary(run: Path, report: Path | None, console: Console | None = None) -> None:
     """Print the outcome of a run: models by band, and forced modes by family and difficulty."""
-    console = console or Console()
+    console = console or Console(width=max(Console().width, MIN_WIDTH))
     path = run / "results.json"
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -28,31 +35,15 @@ def print_summary(run: Path, report: Path | None, console: Console | None = None
 
 def outcome_table(results: dict[str, Any]) -> Table:
     """One row per model: accuracy, thinking rate and tokens over the test mix and by band, in auto mode."""
-    table = Table(title="Test split, mode auto", box=box.SIMPLE, title_justify="left")
-    table.add_column("model")
-    for name in ("accuracy", "thinks", "tokens", "ACU"):
-        table.add_column(name, justify="right")
-    for band in ("easy", "medium", "hard"):
-        table.add_column(f"{band}:\nacc", justify="right")
-        table.add_column("\nthinks", justify="right")
-        table.add_column("\ntokens", justify="right")
+    table = Table(title="Test split, mode auto: accuracy, thinking rate, mean response tokens", **_STYLE)
+    for title in ("model", "whole mix", "ACU", *BANDS):
+        table.add_column(title, justify="left" if title == "model" else "right", no_wrap=True)
     for key, title in MODEL_NAMES.items():
-        if key not in results["models"]:
-            continue
-        auto = results["models"][key]["auto"]
-        overall = auto["overall"]
-        cells = [_percent(overall["accuracy"]), _percent(overall["think_rate"]), f"{overall['tokens']:.1f}"]
-        cells.append(f"{overall['acu']:.1f}")
-        for band in ("easy", "medium", "hard"):
-            values = auto["bands"].get(band)
-            cells += (
-                ["-"] * 3
-                if values is None
-                else [_percent(values["accuracy"]), _percent(values["think_rate"]), f"{values['tokens']:.1f}"]
-            )
-        table.add_row(title, *cells)
-    table.caption = f"tokens: mean response tokens; ACU: {results['acu_unit']}"
-    table.caption_justify = "left"
+        if key in results["models"]:
+            auto = results["models"][key]["auto"]
+            bands = [_triple(auto["bands"][band]) if band in auto["bands"] else "-" for band in BANDS]
+            table.add_row(title, _triple(auto["overall"]), f"{auto['overall']['acu']:.1f}", *bands)
+    table.caption = f"ACU: {results['acu_unit']}"
     return table
 
 
@@ -64,14 +55,11 @@ def premise_table(results: dict[str, Any]) -> Table:
         mode: {(c["family"], c["difficulty"]): c for c in models[key][mode]["cells"]} for mode in ("no_think", "think")
     }
     levels = sorted({k for _, k in cells["think"]})
-    table = Table(
-        title=f"The premise ({MODEL_NAMES[key]}): accuracy forced not to think / forced to think",
-        box=box.SIMPLE,
-        title_justify="left",
-    )
+    title = f"The premise ({MODEL_NAMES[key]}): accuracy when forced not to think / to think"
+    table = Table(title=title, **_STYLE)
     table.add_column("family")
     for k in levels:
-        table.add_column(f"k={k}", justify="right")
+        table.add_column(f"k={k}", justify="right", no_wrap=True)
     for family in dict.fromkeys(family for family, _ in cells["think"]):
         row = []
         for k in levels:
@@ -79,6 +67,10 @@ def premise_table(results: dict[str, Any]) -> Table:
             row.append("" if None in pair else " / ".join(_percent(c["accuracy"]) for c in pair))
         table.add_row(family, *row)
     return table
+
+
+def _triple(values: dict[str, float]) -> str:
+    return f"{_percent(values['accuracy'])} {_percent(values['think_rate']):>4} {values['tokens']:5.1f}"
 
 
 def _percent(value: float) -> str:

@@ -8,8 +8,6 @@ tasks too: that is the cost of overthinking.
 
 from __future__ import annotations
 
-import itertools
-
 from autotool_fast.chat import ToolCall, render_reply
 from autotool_fast.tasks.families import (
     FAMILIES,
@@ -91,8 +89,7 @@ def _compact_work(family: str, spec: Spec, turn: int) -> str:
     if family == "missing":
         return "missing value" if turn == 0 else f"{spec['item']}={spec['value']}"
     if family == "hop":
-        path = hop_path(spec)
-        return "".join(f"{a}>{b}" for a, b in itertools.pairwise(path))
+        return "".join(hop_path(spec))
     if family == "reg":
         return "".join(f" #{i} {value}" for i, value in enumerate(reg_values(spec), 1))
     if family == "cups":
