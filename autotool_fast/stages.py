@@ -165,7 +165,7 @@ def base(p: Pipeline) -> dict[str, Any]:
 
     def batch(step: int) -> list[Demonstration]:
         rng = np.random.default_rng([p.config.seed, step])
-        tasks = p.world.draw(config.batch, "train", f"{p.config.seed}/base/{step}", config.easy_share)
+        tasks = p.world.draw(config.batch, "train", f"{p.config.seed}/base/{step}", config.easy_share, lessons=True)
         return [demonstrate(task, solution(task, think=rng.random() < 0.5), p.chat) for task in tasks]
 
     p.sft("base", model, config, batch, matrix=config.optimizer)

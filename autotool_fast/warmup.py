@@ -34,11 +34,11 @@ def demonstrate(task: Task, replies: Sequence[str], chat: ChatFormat) -> Demonst
     trained = [False] * len(ids)
     stop = min(chat.stop_ids)
     episode = task.episode()
-    for reply in replies:
+    for number, reply in enumerate(replies, 1):
         turn = [*chat.encode_text(reply), stop]
         ids += turn
         trained += [True] * len(turn)
-        messages = episode.step(parse_reply(reply))
+        messages = episode.step(parse_reply(reply)) if number < len(replies) else None
         if messages is None:
             break
         continuation = chat.encode_continuation(messages)

@@ -11,7 +11,7 @@ is played and judged is `world`'s.
     hop         follow a random cycle of eight places k times                k = 1..6
     reg         k additions and subtractions modulo 10                       k = 1..6
     cups        where two balls are after k swaps of five cups               k = 1..6
-    chain       read k keys, each naming the next, and submit the sum        k = 1..4
+    chain       read k keys, each naming the next, and submit the sum        k = 1..3
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Family:
         difficulties: the difficulties it can draw.
         needs: spec -> names of the tools a solution uses.
         content: spec -> what must not be shared between the splits.
+        lessons: relative share in base training, larger for what is learnt last.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Family:
     difficulties: tuple[int, ...]
     needs: Callable[[Spec], tuple[str, ...]]
     content: Callable[[Spec], Any]
+    lessons: int = 1
 
 
 def _draw_set(rng: random.Random, k: int) -> Spec:
@@ -105,7 +107,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("reg", _draw_reg, tuple(range(1, 7)), lambda s: ("submit",), lambda s: s),
         Family("cups", _draw_cups, tuple(range(1, 7)), lambda s: ("pick",), lambda s: s),
-        Family("chain", _draw_chain, tuple(range(1, 5)), lambda s: ("read", "submit"), lambda s: s["cells"]),
+        Family("chain", _draw_chain, tuple(range(1, 4)), lambda s: ("read", "submit"), lambda s: s["cells"]),
     )
 }
 

@@ -221,15 +221,20 @@ class World:
             start=WorldEpisode,
         )
 
-    def draw(self, count: int, split: str, seed: str, easy_share: float | None = None) -> Iterator[Task]:
+    def draw(
+        self, count: int, split: str, seed: str, easy_share: float | None = None, *, lessons: bool = False
+    ) -> Iterator[Task]:
         """`count` tasks: a share of easy ones (difficulty 0), the rest spread evenly over families, then over k.
 
         Args:
             easy_share: probability of an easy task; None spreads evenly over all families.
+            lessons: draw families by their share in base training instead of evenly.
         """
         groups = {
-            "easy": sorted({family for family, _ in self.easy}),
-            "steps": sorted({family for family, _ in self.steps}),
+            name: [
+                f for f in sorted({family for family, _ in cells}) for _ in range(FAMILIES[f].lessons if lessons else 1)
+            ]
+            for name, cells in (("easy", self.easy), ("steps", self.steps))
         }
         for index in range(count):
             rng = random.Random(f"draw/{split}/{seed}/{index}")
