@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from autotool_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ _TAGS = {THINK_TAG: "think", NO_THINK_TAG: "no_think"}
 
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 _BODY_TAG = re.compile(r"</?tool_call>|</?think>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class ToolCall:
 
     def to_json(self) -> str:
         """The call as the JSON object the model is asked to write."""
-        return json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False)
+        text = json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False)
+        return _SURROGATE.sub(lambda half: f"\\u{ord(half.group()):04x}", text)  # half a pair has no UTF-8 form
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,8 @@ class ChatFormat:
 
     Raises:
         UserError: when the tokenizer has no chat template, when the stop text is not one token, or when the template
-            does not render a continued conversation as a continuation of the earlier text.
+            fails, ends turns with another token, or does not render a continued conversation as a continuation of
+            the earlier text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -216,12 +221,15 @@ class ChatFormat:
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, *, generate: bool = True) -> str:
         """The conversation as text, through the tokenizer's chat template."""
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=generate,
+            )
+        except TemplateError as error:
+            raise UserError(f"the chat template fails: {error}", where="model", remedy="use another one") from None
 
     def encode_prompt(self, messages: list[dict], tools: list[dict]) -> list[int]:
         """Token ids of the prompt, ending with the header of the assistant's turn."""
@@ -243,6 +251,12 @@ class ChatFormat:
             opening = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "0"}]
             before = self.render(opening, generate=False)
             after = self.render([*opening, *messages])
+            if self.stop not in before:
+                raise UserError(
+                    f"the chat template does not end an assistant turn with {self.stop!r}",
+                    where="model",
+                    remedy="use one that does",
+                )
             end = before.rindex(self.stop) + len(self.stop)
             if not after.startswith(before[:end]):
                 raise UserError(

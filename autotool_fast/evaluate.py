@@ -54,7 +54,8 @@ def summarise(
 
     Args:
         trajectories: of one mode, any number per cell.
-        weights: from `cell_weights`; cells without trajectories are left out and the rest renormalised.
+        weights: from `cell_weights`; cells without trajectories are left out and the rest renormalised. Cells that
+            all have weight 0 count alike.
         parameters: of the model, for ACU = accuracy % / (millions of parameters x mean response tokens).
     """
     groups: dict[tuple[str, int], list[Trajectory]] = defaultdict(list)
@@ -67,7 +68,9 @@ def summarise(
 
     def weighted(cells: list[tuple[str, int]]) -> dict[str, float]:
         total = sum(weights[cell] for cell in cells)
-        result = {name: sum(weights[cell] * means[cell][name] for cell in cells) / total for name in _MEASURES}
+        # Cells that the mix never draws still have means of their own, and so does a band of such cells.
+        share = {cell: weights[cell] / total if total > 0 else 1 / len(cells) for cell in cells}
+        result = {name: sum(share[cell] * means[cell][name] for cell in cells) for name in _MEASURES}
         tokens = max(result["tokens"], 1e-9)
         result["acu"] = 100 * result["accuracy"] / (parameters / 1e6 * tokens)
         return {"n": sum(len(groups[cell]) for cell in cells), **result}

@@ -89,9 +89,17 @@ def _packed_attention(
     packed: PackedBatch,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each packed sequence: pads for the attention alone, then packs again."""
+
+    longest = max(index.shape[1] for index in packed.buckets)
+    windowed = sliding_window is not None and sliding_window < longest
+    if windowed or softcap is not None or s_aux is not None:
+        raise ValueError("packed attention has no sliding window, soft cap or sinks")
 
     def rows(states: torch.Tensor) -> torch.Tensor:  # [1, h, T, D] -> [T + 1, h, D], the last row zero
         return torch.nn.functional.pad(states[0].transpose(0, 1), (0, 0, 0, 0, 0, 1))
@@ -149,10 +157,13 @@ def packed_logp_entropy(
 ) -> LogpEntropy:
     """Log-prob and entropy (nats) of the marked tokens, each given its own prefix; float32 [number marked].
 
-    A token at the start of a sequence has no prefix and cannot be marked.
+    A token at the start of a sequence has no prefix and cannot be marked. Raises ValueError for a model whose
+    attention or head does more than this forward computes.
     """
     assert not bool(trained[batch.cu_seqlens[:-1].long()].any()), "a first token has no prefix to be predicted from"
     targets = trained.nonzero().squeeze(-1)
     hidden = packed_hidden(model, batch)[targets - 1]
-    head = model.get_output_embeddings().weight
-    return linear_logp_entropy(hidden, head, batch.ids[targets], temperature=temperature, backend=backend)
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError("the model's head has a bias, which linear_logp_entropy does not take")
+    return linear_logp_entropy(hidden, head.weight, batch.ids[targets], temperature=temperature, backend=backend)

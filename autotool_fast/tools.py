@@ -1,8 +1,8 @@
 """Tools: JSON-schema descriptions that really execute.
 
 A `Tool` couples a schema with a function; a `Toolbox` validates arguments against the schema before it runs anything
-and turns every failure into an error the episode can show the model. Functions here run in this process and must be
-trusted and quick; they never see model text, only validated JSON arguments.
+and turns every call that does not fit into an error the episode can show the model. Functions here run in this process
+and must be trusted and quick; they never see model text, only validated JSON arguments.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class Tool:
 
     def problem(self, arguments: dict[str, Any]) -> str | None:
         """Why the arguments do not fit the schema, or None."""
-        error = next(iter(self._validator.iter_errors(arguments)), None)
+        try:
+            error = next(iter(self._validator.iter_errors(arguments)), None)
+        except RecursionError:
+            return "the arguments are nested too deeply"
         return None if error is None else error.message
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from autotool_fast import files
 from autotool_fast.chat import ChatFormat
 from autotool_fast.rewards import RewardTable, reward
 from autotool_fast.rollout.records import Trajectory
@@ -25,7 +26,7 @@ class Transcripts:
         """Write the transcripts of one step, in place of those this stage wrote for it or a later one before."""
         kept = [row for row in self._rows() if row["stage"] != stage or row["step"] < step]
         kept += [self._row(stage, step, t, r) for t, r in zip(trajectories, rewards, strict=True)]
-        self.path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        files.write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def _rows(self) -> list[dict]:
         if not self.path.exists():

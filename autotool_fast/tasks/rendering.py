@@ -100,6 +100,10 @@ def _compact_work(family: str, spec: Spec, turn: int) -> str:
     return _compact_request(family, spec)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _natural_request(family: str, spec: Spec) -> str:
     if family == "set":
         return f"Please set the {spec['item']} to level {spec['value']}."
@@ -112,7 +116,7 @@ def _natural_request(family: str, spec: Spec) -> str:
     if family == "hop":
         roads = ", ".join(f"{a} to {b}" for a, b in spec["map"])
         return (
-            f"One-way roads lead from {roads}. I stand at {spec['start']} and follow {spec['hops']} roads. "
+            f"One-way roads lead from {roads}. I stand at {spec['start']} and follow {_count(spec['hops'], 'road')}. "
             "Go to the place where I end up."
         )
     if family == "reg":
@@ -130,8 +134,8 @@ def _natural_request(family: str, spec: Spec) -> str:
             f"{spec['balls'][1]}. {swaps.capitalize()}. Pick the cups that hide the balls now, first ball first."
         )
     return (
-        f"Read the key {spec['start']}; every answer names the key to read next. Read {spec['reads']} keys in all and "
-        "submit the last digit of the sum of their values."
+        f"Read the key {spec['start']}; every answer names the key to read next. Read {_count(spec['reads'], 'key')} "
+        "in all and submit the last digit of the sum of the values found."
     )
 
 
@@ -160,8 +164,8 @@ def _natural_work(family: str, spec: Spec, turn: int) -> str:
         return " ".join(steps)
     if family == "chain":
         read = chain_reads(spec)[:turn]
-        total = sum(value for _, value in read) % 10
-        return f"The sum so far ends in {total}; {spec['reads'] - turn} keys are left to read."
+        total, left = sum(value for _, value in read) % 10, spec["reads"] - turn
+        return f"The sum so far ends in {total}; {_count(left, 'key')} left to read."
     settings = spec["settings"] if family == "parallel" else [(spec["item"], spec["value"])]
     return "I set " + ", ".join(f"{item} to {value}" for item, value in settings) + "."
 

@@ -20,6 +20,7 @@ from autotool_fast.matching import calls_match
 from autotool_fast.tasks import rendering
 from autotool_fast.tasks.families import CUPS, FAMILIES, ITEMS, PLACES, expected_calls, missing_tool
 from autotool_fast.tasks.record import Task
+from autotool_fast.tasks.rendering import RENDERINGS
 from autotool_fast.tools import Tool, Toolbox
 
 TEST_SHARE = 5  # one content hash in five belongs to the test split
@@ -136,7 +137,10 @@ class WorldEpisode:
         return WorldState(cells=self._spec["cells"] if self._family == "chain" else {})
 
     def step(self, reply: ParsedReply) -> list[dict] | None:
-        """Execute the calls; the next messages, or None at the end (see `Episode`)."""
+        """Execute the calls; the next messages, or None at the end (see `Episode`).
+
+        Reading leaves a chain open; any call that acts on the world ends it, since no later call can take it back.
+        """
         self._turn += 1
         results = []
         for call in reply.calls:
@@ -146,7 +150,7 @@ class WorldEpisode:
         if self._family == "missing" and self._turn == 1 and not reply.calls:
             value = rendering.missing_value(self._spec, self._task.spec["rendering"])
             return [{"role": "user", "content": value}]
-        if self._family == "chain" and reply.calls and self._state.submitted is None:
+        if self._family == "chain" and reply.calls and self._state.outcome() == self._fresh_state().outcome():
             texts = (result if isinstance(result, str) else json.dumps(result) for result in results)
             return [{"role": "tool", "content": text} for text in texts]
         return None
@@ -187,6 +191,8 @@ class World:
                     where="world.families",
                     remedy=f"choose from {', '.join(FAMILIES)}",
                 )
+        if rendering not in RENDERINGS:
+            raise UserError(f"unknown rendering {rendering!r}", remedy=f"choose from {', '.join(RENDERINGS)}")
         self.rendering = rendering
         self.cells = [
             (name, k)
@@ -195,6 +201,10 @@ class World:
             for k in FAMILIES[name].difficulties
             if k <= max_difficulty
         ]
+        if not self.cells:
+            raise UserError(
+                "no family draws a task this easy", where="world.max_difficulty", remedy="raise it or add a family"
+            )
         self.easy = [cell for cell in self.cells if cell[1] == 0]
         self.steps = [cell for cell in self.cells if cell[1] > 0]
 
