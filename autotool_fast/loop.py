@@ -2,7 +2,7 @@
 
 Guarantees: Ctrl-C takes effect between two steps, after a checkpoint; a resumed stage continues from its newest
 verified checkpoint as if it had not stopped; a step whose loss or gradient is not finite changes nothing, its batch is
-kept, and three in a row end the run. What a step does is the stage's business.
+kept, and three in a row end the run. What a step does, and saving the finished model, is the stage's business.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from autotool_fast import checkpoint
-from autotool_fast.config import TrainConfig
+from autotool_fast import checkpoint, files
+from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.metrics import MetricsWriter, Progress, Timer
 from autotool_fast.runs import RunFolder
@@ -46,7 +46,9 @@ class StopFlag:
             if self.requested:
                 raise KeyboardInterrupt
             self.requested = True
-            notify("stopping after this step; press Ctrl-C again to stop at once")
+            # The signal may arrive inside a write to the same stream, which refuses to be entered twice.
+            with suppress(RuntimeError):
+                notify("stopping at the next safe point; press Ctrl-C again to stop at once")
 
         before = signal.signal(signal.SIGINT, handle)
         try:
@@ -99,13 +101,14 @@ class Optimizers:
             muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             self.members.append(muon)
 
-    def step(self, max_norm: float, scale: float = 1.0) -> tuple[float, bool]:
-        """Clip, step at `scale` times the peak rate, clear. Returns the gradient norm and whether it was finite.
+    def step(self, max_norm: float, scale: float = 1.0, *, measured: Iterable[float] = ()) -> tuple[float, bool]:
+        """Clip, step at `scale` times the peak rate, clear. Returns the gradient norm and whether all was finite.
 
-        A norm that is not finite clears the gradients and changes nothing else.
+        A gradient norm, or one of the `measured` numbers (the loss), that is not finite clears the gradients and
+        changes nothing else.
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm))
-        finite = math.isfinite(norm)
+        finite = all(map(math.isfinite, (norm, *measured)))
         for optimizer in self.members:
             if finite:
                 for group in optimizer.param_groups:
@@ -158,7 +161,7 @@ class StageState:
 
 def run_steps(
     context: Context,
-    stage: str,
+    stage: Stage,
     state: StageState,
     steps: int,
     step: Callable[[int], StepResult],
@@ -174,20 +177,19 @@ def run_steps(
         checkpoint_every: steps between checkpoints; 0 for none but the one at an interruption.
         after: called with the number of finished steps; its metrics join the step's row (interim evaluations).
 
+    A stop asked for during the last step is left to the caller, who has the finished model to save first.
+
     Raises:
         Interrupted: after a checkpoint, when the user asked to stop.
         UserError: when three steps in a row were not finite.
     """
     folder = context.run.checkpoints(stage)
-    first = 0
     found = checkpoint.latest(folder, warn=context.progress.say) if context.config.resume else None
-    elapsed = 0.0
-    if found is not None:
-        first, elapsed = found.step, _restore(found, state)
+    first, elapsed, skipped = (0, 0.0, 0) if found is None else (found.step, *_restore(found, state))
     context.metrics = _reopen_metrics(context, stage, first)
     context.progress.start(stage, steps, first)
     context.timer.take()
-    begin, skipped = time.perf_counter() - elapsed, 0
+    begin = time.perf_counter() - elapsed
     for index in range(first, steps):
         result = step(index)
         extra = after(index + 1) if after is not None else {}
@@ -199,14 +201,16 @@ def run_steps(
         skipped = 0 if result.finite else skipped + 1
         if not result.finite:
             _keep_bad_batch(context, stage, index + 1, result.batch, skipped)
-        due = checkpoint_every and (index + 1) % checkpoint_every == 0
-        if index + 1 < steps and (due or context.stop.requested):
-            _save(context, stage, index + 1, state, seconds)
-        context.stop.check()
+        if index + 1 < steps:
+            stop = context.stop.requested
+            if stop or (checkpoint_every and (index + 1) % checkpoint_every == 0):
+                _save(context, stage, index + 1, state, seconds, skipped)
+            if stop:
+                raise Interrupted
     context.progress.finish()
 
 
-def _save(context: Context, stage: str, step: int, state: StageState, seconds: float) -> None:
+def _save(context: Context, stage: Stage, step: int, state: StageState, seconds: float, skipped: int) -> None:
     tensors, rest = state.optimizers.pack()
     with context.timer.phase("checkpoint"):
         checkpoint.save(
@@ -215,35 +219,36 @@ def _save(context: Context, stage: str, step: int, state: StageState, seconds: f
             model=state.model,
             tokenizer=state.tokenizer,
             tensors=tensors | checkpoint.capture_rng(),
-            state={"optimizers": rest, "extra": state.extra, "seconds": seconds},
+            state={"optimizers": rest, "extra": state.extra, "seconds": seconds, "skipped": skipped},
             keep_last=context.config.rl.keep_checkpoints,
         )
 
 
-def _restore(found: checkpoint.Checkpoint, state: StageState) -> float:
+def _restore(found: checkpoint.Checkpoint, state: StageState) -> tuple[float, int]:
+    """Put the state back; returns the seconds the stage had taken and its skipped steps in a row."""
     saved, tensors = found.state(), found.tensors()
     found.load_weights(state.model)
     state.optimizers.unpack(tensors, saved["optimizers"])
     state.extra.clear()
     state.extra.update(saved["extra"])
     checkpoint.restore_rng(tensors)
-    return saved["seconds"]
+    return saved["seconds"], saved["skipped"]
 
 
-def _reopen_metrics(context: Context, stage: str, first: int) -> MetricsWriter:
+def _reopen_metrics(context: Context, stage: Stage, first: int) -> MetricsWriter:
     """Drop the rows this stage is about to write again."""
     context.metrics.close()
     return MetricsWriter.open(context.run.metrics, lambda row: row["stage"] != stage or row["step"] <= first)
 
 
-def _keep_bad_batch(context: Context, stage: str, step: int, batch: Any, skipped: int) -> None:
+def _keep_bad_batch(context: Context, stage: Stage, step: int, batch: Any, skipped: int) -> None:
     path = context.run.path / "bad_batches" / f"{stage}-{step}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(batch), encoding="utf-8")
+    files.write_text(path, json.dumps(batch))
     context.progress.say(f"{stage} step {step}: loss or gradient not finite, step skipped, batch kept in {path}")
     if skipped >= MAX_SKIPPED:
         raise UserError(
             f"{MAX_SKIPPED} steps in a row were not finite",
             where=stage,
-            remedy=f"look at {path.parent}, lower the lr",
+            remedy=f"look at {path.parent} and start a new run with a lower learning rate",
         )

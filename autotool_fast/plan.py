@@ -1,11 +1,55 @@
-"""What a run is going to do, in words: the text of `--dry-run`, computed without torch."""
+"""What a run is going to do: checks before anything is written, and the text of `--dry-run`; neither needs torch."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from autotool_fast.config import Stage, TrainConfig
+from autotool_fast.errors import UserError
+from autotool_fast.tasks.world import World
 
 VOCAB_ESTIMATE = 128
 """Upper bound of the embedded tokenizer's vocabulary, used for the parameter estimate only."""
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse a run that cannot succeed, while what the run folder holds is still untouched.
+
+    Raises:
+        UserError: no task can be drawn; a stage of a new run needs one that is not run; `base.reuse` holds no model,
+            or is about to be removed by --overwrite.
+    """
+    World(config.world.families, config.world.max_difficulty)
+    if not config.resume:
+        _check_inputs(config)
+    if config.base.reuse and "base" in config.stages:
+        source = Path(config.base.reuse)
+        if not (source / "config.json").exists():
+            raise UserError("holds no model", where=f"base.reuse ({source})", remedy="name a models/base folder")
+        if config.overwrite and Path(config.out).resolve() in source.resolve().parents:
+            remedy = "choose another folder with --out"
+            raise UserError("is inside the run that --overwrite removes", where=f"base.reuse ({source})", remedy=remedy)
+
+
+def _check_inputs(config: TrainConfig) -> None:
+    """Every stage of a new run finds what it reads: the models and files of stages that run before it."""
+    cold = config.start == "cold"
+    start: Stage = "base" if cold else "warmup"
+    needs: dict[Stage, tuple[Stage, ...]] = {
+        "label": ("base",),
+        "warmup": () if cold else ("base", "label"),
+        "distill": ("base", "label"),
+        "refine": (start,) if config.refine.enabled else (),
+        "rl": (start, "refine") if config.refine.enabled else (start,),
+    }
+    for stage in config.stages:
+        for needed in needs.get(stage, ()):
+            if needed not in config.stages:
+                remedy = "add it to --stages, or --resume a run that has it"
+                raise UserError(f"stage {stage} of a new run needs stage {needed}", where="stages", remedy=remedy)
+    if config.stages == ("eval",):
+        remedy = "add stages that train one, or --resume a run that has one"
+        raise UserError("stage eval of a new run has no model to evaluate", where="stages", remedy=remedy)
 
 
 def describe(config: TrainConfig) -> str:

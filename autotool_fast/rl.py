@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ def reward_table(config: RLConfig) -> RewardTable:
         wrong_long=config.wrong_long,
         wrong_short=config.wrong_short,
         malformed=config.malformed,
+        format_mode=config.format_mode,
     )
 
 
@@ -133,7 +134,11 @@ class PolicyTrainer:
         self.table = reward_table(config.rl)
         rl = config.rl
         self.settings = LossSettings(
-            clip_low=rl.clip_low, clip_high=rl.clip_high, normalize=rl.normalize, scope=rl.entropy_scope
+            clip_low=rl.clip_low,
+            clip_high=rl.clip_high,
+            normalize=rl.normalize,
+            scope=rl.entropy_scope,
+            constant_groups=rl.constant_groups,
         )
         self.last: list[Trajectory] = []
         self.last_rewards: list[float] = []
@@ -207,7 +212,8 @@ class PolicyTrainer:
 
         controller = self.controller
         now = coefficients(controller)
-        n_tokens = sum(int((t.source == SOURCE_SAMPLED).sum()) for t in trajectories)
+        in_loss = torch.ones_like(constant) if self.settings.constant_groups == "entropy" else ~constant
+        lengths = torch.tensor([int((t.source == SOURCE_SAMPLED).sum()) for t in trajectories])
         parts, stats, mismatch, loss_sum = [], EntropyStats(), [], 0.0
         for chosen in by_tokens([len(t.ids) for t in trajectories], self.config.rl.micro_tokens):
             part = [trajectories[i] for i in chosen]
@@ -234,8 +240,8 @@ class PolicyTrainer:
                     mode_mask=tokens.mode_mask,
                     think_mask=tokens.think_mask,
                     constant=constant[chosen],
-                    n_tokens_global=n_tokens,
-                    n_sequences_global=len(trajectories),
+                    n_tokens_global=int(lengths[in_loss].sum()),
+                    n_sequences_global=int(in_loss.sum()),
                 )
             with self.timer.phase("backward"):
                 objective.loss.backward()
@@ -244,7 +250,8 @@ class PolicyTrainer:
             loss_sum += float(objective.loss.detach())
             mismatch.append((logp.detach() - tokens.old_logp).abs())
         with self.timer.phase("optimizer"):
-            norm, finite = self.state.optimizers.step(self.config.rl.grad_clip)
+            measured = (loss_sum, *astuple(stats))
+            norm, finite = self.state.optimizers.step(self.config.rl.grad_clip, measured=measured)
         if finite:
             self.state.extra["controller"] = update(controller, stats).to_dict()
         gaps = torch.cat(mismatch)

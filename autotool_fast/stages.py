@@ -17,12 +17,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from autotool_fast import files
@@ -82,12 +83,15 @@ class Pipeline:
         return load_model(folder)
 
     def save(self, model: PreTrainedModel, name: str) -> None:
-        """Export a model as a Hugging Face folder."""
+        """Export a model as a Hugging Face folder, which is whole or absent."""
         folder = self.run.model(name)
-        shutil.rmtree(folder, ignore_errors=True)
+        beside = folder.with_name(f".{name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
         with no_progress_bars():
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            model.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
 
     def engine(self, model: PreTrainedModel) -> SlotEngine:
         """A rollout engine on a model."""
@@ -124,7 +128,8 @@ class Pipeline:
             with timer.phase("backward"):
                 loss = sft_backward(model, demos)
             with timer.phase("optimizer"):
-                norm, finite = optimizers.step(config.grad_clip, cosine(index, steps, config.warmup_steps))
+                scale = cosine(index, steps, config.warmup_steps)
+                norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))
             metrics = {"loss/sft": loss, "grad_norm": norm}
             return StepResult(metrics, finite, None if finite else [demo.ids.tolist() for demo in demos])
 
@@ -152,15 +157,8 @@ def base(p: Pipeline) -> dict[str, Any]:
     """Train the tiny model from scratch, or take over the model that `base.reuse` names."""
     config = p.config.base
     if config.reuse:
-        source = Path(config.reuse)
-        if not (source / "config.json").exists():
-            raise UserError("holds no model", where=f"base.reuse ({source})", remedy="name a models/base folder")
-        saved = AutoTokenizer.from_pretrained(source)
-        if saved.get_vocab() != p.tokenizer.get_vocab():
-            raise UserError("has another vocabulary", where=f"base.reuse ({source})", remedy="train the base anew")
-        model = load_model(source)
-        p.save(model, "base")
-        return {"reused": str(source)}
+        p.save(_reused(Path(config.reuse), p), "base")
+        return {"reused": config.reuse}
     model = build_model(p.config.model, p.tokenizer, p.config.seed)
 
     def batch(step: int) -> list[Demonstration]:
@@ -172,12 +170,29 @@ def base(p: Pipeline) -> dict[str, Any]:
     return {"parameters": model.num_parameters()}
 
 
+def _reused(source: Path, p: Pipeline) -> PreTrainedModel:
+    where = f"base.reuse ({source})"
+    try:
+        saved, model = AutoTokenizer.from_pretrained(source, local_files_only=True), load_model(source)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot be loaded ({reason})", where=where, remedy="name a models/base folder") from error
+    if saved.get_vocab() != p.tokenizer.get_vocab():
+        raise UserError("has another vocabulary", where=where, remedy="train the base anew")
+    return model
+
+
 def label_prompts(p: Pipeline) -> dict[str, Any]:
     """Sample every prompt in both modes; keep counts, labels and demonstrations."""
     config, progress = p.config.label, p.context.progress
     engine = p.engine(p.load("base"))
     tasks = p.draw(config.prompts, "label")
     samples: dict[str, list[Trajectory]] = {}
+
+    def sampled(done: int) -> None:
+        progress.update(done)
+        p.context.stop.check()
+
     progress.start("label", 2 * len(tasks) * config.k)
     for number, mode in enumerate(("no_think", "think")):
         samples[mode] = rollout(
@@ -189,9 +204,8 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
             step=number,
             mode=mode,
             limits=p.limits,
-            on_progress=lambda done, total, before=number: progress.update(before * total + done),
+            on_progress=lambda done, total, before=number: sampled(before * total + done),
         )
-        p.context.stop.check()
     progress.finish()
     rows, outcomes = [], []
     for i, task in enumerate(tasks):
@@ -341,9 +355,13 @@ def _rl_prompts(p: Pipeline) -> list[Task]:
     path = p.run.path / "refined.json"
     if not path.exists():
         if p.config.refine.enabled:
-            raise UserError("is missing", where=str(path), remedy="run stage refine first, or --refine.enabled False")
+            raise UserError("is missing", where=str(path), remedy="run stage refine first")
         return pool
-    return [pool[i] for i in json.loads(path.read_text(encoding="utf-8"))["kept"]]
+    kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
+    if not kept:
+        remedy = "lower refine.drop_easy and refine.drop_hard, or raise refine.prompts"
+        raise UserError("refinement kept no prompt", where="refine", remedy=remedy)
+    return [pool[i] for i in kept]
 
 
 def rl(p: Pipeline) -> dict[str, Any]:
@@ -416,6 +434,7 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
     for number, name in enumerate(names, 1):
 
         def keep(mode: str, trajectories: list[Trajectory], name: str = name) -> None:
+            p.context.stop.check()
             if name == names[-1] and mode == "auto":
                 shown = one_per_cell(trajectories)
                 transcripts.replace("eval", 0, shown, rewards_of(shown, table))
@@ -432,7 +451,6 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
             on_mode=keep,
         )
         progress.update(number, {f"{name} accuracy": models[name]["auto"]["overall"]["accuracy"]})
-        p.context.stop.check()
     progress.finish()
     results = {
         "models": models,
@@ -457,38 +475,59 @@ STAGES: dict[str, Callable[[Pipeline], dict[str, Any]]] = {
 
 
 @contextmanager
-def open_context(config: TrainConfig) -> Iterator[Context]:
-    """The run folder, metrics and progress of a configuration, with Ctrl-C handled."""
-    with RunFolder.create(config) as run, Progress() as progress:
+def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
+    """Metrics and progress of a run, with Ctrl-C and a failing disk handled.
+
+    Raises:
+        UserError: a file cannot be read or written, or the model has diverged.
+    """
+    with Progress() as progress:
         metrics = MetricsWriter.open(run.metrics, lambda row: True)
         context = Context(config, run, metrics, progress, StopFlag())
         try:
             with context.stop.installed(progress.say):
                 yield context
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and not error.strerror:
+                raise
+            where = str(getattr(error, "filename", None) or run.path)
+            reason = getattr(error, "strerror", None) or error
+            remedy = "free some space or check the permissions, then repeat the command with --resume"
+            raise UserError(f"cannot be read or written ({reason})", where=where, remedy=remedy) from error
+        except FloatingPointError as error:
+            remedy = "start a new run with a lower learning rate"
+            raise UserError(str(error), where=str(run.path), remedy=remedy) from error
         finally:
-            context.metrics.close()
+            with suppress(OSError):
+                context.metrics.close()
 
 
-def run_stages(config: TrainConfig) -> int:
-    """Run the configured stages; returns the exit code."""
+def run_stages(config: TrainConfig, run: RunFolder) -> int:
+    """Run the configured stages in an open run folder; returns the exit code, 0 or (interrupted) 130.
+
+    Raises:
+        UserError: what the user can fix; finished stages and checkpoints stay.
+    """
     from autotool_fast.report import write_report
     from autotool_fast.summary import print_summary
 
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with open_context(config) as context:
+    with open_context(config, run) as context:
         pipeline = Pipeline(context)
         try:
             for stage in config.stages:
                 if context.run.is_finished(stage):
                     context.progress.say(f"{stage}: finished before")
                     continue
+                context.stop.check()
                 context.run.finish_stage(stage, STAGES[stage](pipeline))
         except Interrupted:
             context.progress.finish()
-            context.progress.say(f"interrupted; saved in {context.run.path}, continue with --resume")
-            write_report(context.run.path)
+            flag = "--resume in place of --overwrite" if config.overwrite else "--resume"
+            context.progress.say(f"interrupted; saved in {run.path}, repeat the command with {flag} to continue")
+            write_report(run.path)
             return 130
-    report = write_report(context.run.path)
-    print_summary(context.run.path, report)
+        report = write_report(run.path)
+    print_summary(run.path, report)
     return 0

@@ -11,7 +11,8 @@ time (`--stages`):
     rl       GRPO with an entropy arm
     eval     every model in modes auto, think and no_think on held-out tasks; results.json and report.html
 
-The command line is parsed before torch is loaded: `--help`, `--dry-run` and errors answer at once.
+The command line, the plan and the run folder are checked before torch is loaded: `--help`, `--dry-run` and errors
+answer at once. What is wrong is one line; only a bug leaves a traceback.
 """
 
 from __future__ import annotations
@@ -21,25 +22,28 @@ from collections.abc import Sequence
 
 from autotool_fast.config import parse_args
 from autotool_fast.errors import UserError
+from autotool_fast.plan import check, describe
+from autotool_fast.runs import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer; returns the exit code: 0 done, 2 a user's error, 130 interrupted."""
     try:
         config = parse_args(argv)
+        check(config)
         if config.dry_run:
-            from autotool_fast.plan import describe
-
             print(describe(config))
             return 0
-        from autotool_fast.stages import run_stages
+        with RunFolder.create(config) as run:
+            from autotool_fast.stages import run_stages
 
-        return run_stages(config)
+            return run_stages(config, run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted at once; continue from the newest checkpoint with --resume", file=sys.stderr)
+        remedy = "repeat the command with --resume to continue from the newest checkpoint"
+        print(f"interrupted at once; {remedy}", file=sys.stderr)
         return 130
 
 

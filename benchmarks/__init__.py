@@ -1,0 +1,1 @@
+"""Benchmarks: one script per claim. Each prints one table and writes the same numbers as JSON to benchmarks/results."""
