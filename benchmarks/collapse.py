@@ -36,7 +36,7 @@ def smooth(values: list[float | None], window: int = WINDOW) -> np.ndarray:
 
 
 def recovery(rate: np.ndarray, level: float = RECOVERED) -> int | None:
-    """Step (from 1) from which the rate is at `level` or above for good; 0 if it was never below, None if it ends so."""
+    """Step (from 1) from which the rate stays at `level` or above: 0 if never below it, None if below at the end."""
     below = np.flatnonzero(rate < level)
     if not len(below):
         return 0
