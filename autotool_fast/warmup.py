@@ -66,6 +66,7 @@ def sft_backward(
     batch's token count.
     """
     total = sum(int(demo.trained.sum()) for demo in batch)
+    assert total, "a batch has at least one trained token"
     loss_sum = 0.0
     for part in by_tokens([len(demo.ids) for demo in batch], micro_tokens):
         demos = [batch[i] for i in part]

@@ -1,0 +1,300 @@
+"""The packed training forward against the model's own, sequence by sequence, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import autotool_fast.policy as policy
+from autotool_fast.policy import attention, pack, packed_hidden, packed_logp_entropy
+
+torch.set_num_threads(1)
+VOCAB = 23
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # spreads the attention, so that a wrong mask shows
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MODELS = {
+    "qwen3-gqa-tied": (Qwen3ForCausalLM, Qwen3Config, {"num_key_value_heads": 2, "head_dim": 8, "tie": True}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"num_key_value_heads": 4, "head_dim": 4, "tie": False}),
+    "qwen2-gqa": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 1, "tie": False}),
+    "llama-gqa": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 2, "tie": True}),
+}
+# Both sides compute the same sums in float64 in another order; values are O(1) to O(100), so differences are some
+# hundred units of 1e-16. A wrong position, mask or neighbour is off by 1e-3 and more.
+EXACT = {"rtol": 1e-10, "atol": 1e-11}
+
+
+def make_model(name: str) -> torch.nn.Module:
+    model_class, config_class, options = MODELS[name]
+    options = dict(options)
+    torch.manual_seed(0)
+    config = config_class(**SIZES, tie_word_embeddings=options.pop("tie"), **options)
+    return model_class(config).double()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture
+def qwen():
+    return make_model("qwen3-gqa-tied")
+
+
+def make_sequences(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length).astype(np.int32) for length in lengths]
+
+
+def mark(sequences: list[np.ndarray], seed: int = 1) -> list[np.ndarray]:
+    """Holes everywhere, first tokens unmarked."""
+    rng = np.random.default_rng(seed)
+    return [np.r_[False, rng.random(len(s) - 1) < 0.6] for s in sequences]
+
+
+def reference(model, sequences, marks, temperature=1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy from the model's own logits, one unpadded sequence at a time."""
+    logps, entropies = [], []
+    for ids, marked in zip(sequences, marks, strict=True):
+        ids = torch.from_numpy(ids.astype(np.int64))
+        logits = model(input_ids=ids[None]).logits[0, :-1] / temperature
+        logp = logits.log_softmax(-1)
+        keep = torch.from_numpy(marked)[1:]
+        logps.append(logp.gather(-1, ids[1:, None])[:, 0][keep])
+        entropies.append(-(logp.exp() * logp).sum(-1)[keep])
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def packed(model, sequences, marks, **options):
+    return packed_logp_entropy(model, pack(sequences), torch.from_numpy(np.concatenate(marks)), **options)
+
+
+def gradients(model, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# Eleven lengths that fall into two buckets, a repeated one, the shortest possible and one of a single token.
+LENGTHS = [31, 3, 30, 29, 28, 30, 27, 26, 26, 2, 1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_log_probs_and_entropies_equal_the_models_own(model, temperature):
+    sequences = make_sequences(LENGTHS)
+    marks = mark(sequences)
+    assert len(pack(sequences).buckets) > 1
+    with torch.no_grad():
+        result = packed(model, sequences, marks, temperature=temperature)
+        logp, entropy = reference(model, sequences, marks, temperature)
+    torch.testing.assert_close(result.logp, logp, **EXACT)
+    torch.testing.assert_close(result.entropy, entropy, **EXACT)
+
+
+def test_packed_gradients_equal_the_models_own(model):
+    sequences = make_sequences(LENGTHS)
+    marks = mark(sequences)
+    rng = torch.Generator().manual_seed(2)
+    weights = torch.randn(2, sum(m.sum() for m in marks), generator=rng, dtype=torch.float64)
+    result = packed(model, sequences, marks)
+    ours = gradients(model, (weights[0] * result.logp + weights[1] * result.entropy).sum())
+    logp, entropy = reference(model, sequences, marks)
+    theirs = gradients(model, (weights[0] * logp + weights[1] * entropy).sum())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-10, msg=name)  # sums over 200 tokens
+
+
+def test_the_order_of_packing_does_not_matter(qwen):
+    sequences = make_sequences([5, 9, 1, 7])
+    marks = mark(sequences)
+    with torch.no_grad():
+        alone = [packed(qwen, [s], [m]).logp for s, m in zip(sequences, marks, strict=True)]
+        for order in itertools.permutations(range(4)):
+            result = packed(qwen, [sequences[i] for i in order], [marks[i] for i in order]).logp
+            torch.testing.assert_close(result, torch.cat([alone[i] for i in order]), **EXACT)
+
+
+def test_how_lengths_are_grouped_does_not_matter(qwen, monkeypatch):
+    sequences = make_sequences(LENGTHS)
+    marks = mark(sequences)
+    results = {}
+    for name, smallest in (("one each", 1), ("several", 4), ("one for all", 99)):
+        grouped = policy._length_buckets
+        monkeypatch.setattr(policy, "_length_buckets", lambda n, grouped=grouped, k=smallest: grouped(n, 1.0, k))
+        with torch.no_grad():
+            results[name] = (len(pack(sequences).buckets), packed(qwen, sequences, marks).logp)
+        monkeypatch.undo()
+    assert results["one for all"][0] == 1 < results["several"][0] < results["one each"][0]
+    for _, logp in results.values():
+        torch.testing.assert_close(logp, results["one for all"][1], **EXACT)
+
+
+def test_a_sequence_does_not_see_its_neighbours(qwen):
+    first, second, third = make_sequences([6, 8, 5])
+    marks = [np.r_[False, np.ones(len(s) - 1, bool)] for s in (first, second, third)]
+    other = (third + 1) % VOCAB
+    with torch.no_grad():
+        a = packed(qwen, [first, second, third], marks).logp
+        b = packed(qwen, [other, second, first], [marks[2], marks[1], marks[0]]).logp
+    torch.testing.assert_close(a[5:12], b[4:11], **EXACT)
+    torch.testing.assert_close(a[:5], b[11:], **EXACT)
+
+
+def test_a_token_does_not_see_what_follows_it(qwen):
+    (sequence,) = make_sequences([9])
+    changed = sequence.copy()
+    changed[6:] = (changed[6:] + 1) % VOCAB
+    marks = [np.r_[False, np.ones(8, bool)]]
+    with torch.no_grad():
+        a, b = (packed(qwen, [s], marks).logp for s in (sequence, changed))
+    torch.testing.assert_close(a[:5], b[:5], **EXACT)
+    assert (a[5:] - b[5:]).abs().min() > 1e-4
+
+
+def test_only_marked_tokens_and_their_prefixes_get_gradient(qwen):
+    """Tokens after the last marked one cannot matter, whatever they are."""
+    sequence = np.arange(9, dtype=np.int32)
+    marks = [np.r_[[False] * 3, True, [False] * 5]]
+    qwen.config.tie_word_embeddings = False
+    qwen.lm_head.weight = torch.nn.Parameter(qwen.lm_head.weight.detach().clone())
+    gradient = gradients(qwen, packed(qwen, [sequence], marks).logp.sum())["model.embed_tokens.weight"]
+    assert (gradient[:3].abs().sum(-1) > 0).all()
+    assert (gradient[3:] == 0).all()
+
+
+def test_nothing_marked_is_a_differentiable_zero(qwen):
+    sequences = make_sequences([4, 5])
+    result = packed(qwen, sequences, [np.zeros(4, bool), np.zeros(5, bool)])
+    assert result.logp.shape == (0,)
+    assert all((g == 0).all() for g in gradients(qwen, result.logp.sum() + result.entropy.sum()).values())
+
+
+def test_a_first_token_cannot_be_marked(qwen):
+    sequences = make_sequences([4, 5])
+    marks = [np.zeros(4, bool), np.r_[True, np.zeros(4, bool)]]
+    with pytest.raises(AssertionError, match="first token"):
+        packed(qwen, sequences, marks)
+
+
+def test_float32_models_give_float32_results():
+    model = make_model("qwen3").float()
+    sequences = make_sequences([5, 7])
+    marks = mark(sequences)
+    result = packed(model, sequences, marks)
+    assert result.logp.dtype == torch.float32
+    logp, _ = reference(model.double(), sequences, marks)
+    # Some hundred roundings of 6e-8 on values below 10.
+    torch.testing.assert_close(result.logp.double(), logp, rtol=0, atol=1e-4)
+
+
+# The layout
+
+
+def test_the_layout_of_a_batch():
+    sequences = make_sequences(LENGTHS)
+    batch = pack(sequences)
+    total = sum(LENGTHS)
+    assert batch.tokens == total
+    assert batch.ids.dtype == torch.int64
+    assert batch.ids.tolist() == [token for s in sequences for token in s.tolist()]
+    assert batch.positions.tolist() == [j for n in LENGTHS for j in range(n)]
+    assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(LENGTHS)]
+    assert batch.cu_seqlens.dtype == torch.int32
+    flat = torch.cat([index.flatten() for index in batch.buckets])
+    assert flat[batch.order].tolist() == list(range(total))
+    assert sorted(flat.tolist())[:total] == list(range(total))
+    assert (flat == total).sum() == len(flat) - total
+    for index in batch.buckets:
+        for row in index:
+            inside = row[row < total]
+            assert batch.positions[inside].tolist() == list(range(len(inside)))
+
+
+def test_buckets_keep_padding_low():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 200, 100)
+    batch = pack(make_sequences(lengths.tolist()))
+    cells = sum(index.numel() for index in batch.buckets)
+    # Lengths in a bucket are at least 0.8 of its longest, but for a last bucket of the eight shortest.
+    assert cells < lengths.sum() / 0.8 + 8 * lengths.max()
+    assert all(len(index) >= 8 for index in batch.buckets[:-1])
+
+
+@pytest.mark.parametrize("sequences", [[], [np.zeros(0, np.int32)], [np.ones(2, np.int32), np.zeros(0, np.int32)]])
+def test_an_empty_sequence_cannot_be_packed(sequences):
+    with pytest.raises((AssertionError, ValueError)):
+        pack(sequences)
+
+
+# The attention function comes and goes
+
+
+def test_the_models_attention_is_restored(qwen):
+    before = qwen.config._attn_implementation
+    packed_hidden(qwen, pack(make_sequences([3, 4])))
+    assert qwen.config._attn_implementation == before
+    ids = torch.tensor([[1, 2, 3]])
+    assert qwen(input_ids=ids).logits.shape == (1, 3, VOCAB)
+
+
+def test_the_models_attention_is_restored_after_an_error(qwen, monkeypatch):
+    before = qwen.config._attn_implementation
+    monkeypatch.setattr(qwen.model.layers[1].mlp, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        packed_hidden(qwen, pack(make_sequences([3, 4])))
+    assert qwen.config._attn_implementation == before
+
+
+def test_attention_blocks_nest(qwen):
+    before = qwen.config._attn_implementation
+    with attention(qwen, policy.PACKED_ATTENTION):
+        with attention(qwen, "eager"):
+            assert qwen.config._attn_implementation == "eager"
+        assert qwen.config._attn_implementation == policy.PACKED_ATTENTION
+    assert qwen.config._attn_implementation == before
+
+
+def test_a_sliding_window_shorter_than_the_sequences_is_refused():
+    options = {**SIZES, "num_key_value_heads": 2}
+    sequences = make_sequences([6])
+    for window, fits in ((5, False), (6, True)):
+        model = MistralForCausalLM(MistralConfig(**options, sliding_window=window)).double()
+        if not fits:
+            with pytest.raises(ValueError, match="sliding window"):
+                packed_hidden(model, pack(sequences))
+            continue
+        marks = mark(sequences)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                packed(model, sequences, marks).logp, reference(model, sequences, marks)[0], **EXACT
+            )
+
+
+def test_a_head_with_a_bias_is_refused(qwen):
+    qwen.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB, dtype=torch.float64))
+    sequences = make_sequences([4])
+    with pytest.raises(ValueError, match="bias"):
+        packed(qwen, sequences, mark(sequences))
