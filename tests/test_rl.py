@@ -1,0 +1,507 @@
+"""One GRPO step: what is sampled is what is trained, constant groups, targets, arms, scopes, micro-batches.
+
+The sampler's choices are scripted, its log-probs are the model's, so every kind of reply occurs on demand.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import random
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from autotool_kernels.results import SampledTokens
+
+import autotool_fast.rl as rl_module
+import autotool_fast.rollout.engine as engine_module
+from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, ChatFormat
+from autotool_fast.config import from_dict
+from autotool_fast.controller import ARMS, EntropyStats
+from autotool_fast.evaluate import cell_weights, evaluate
+from autotool_fast.loop import Optimizers, StageState
+from autotool_fast.metrics import Timer
+from autotool_fast.objective import SCOPES
+from autotool_fast.policy import pack, packed_logp_entropy
+from autotool_fast.rl import PolicyTrainer, ResponseTokens, reward_table, rollout_limits
+from autotool_fast.rollout.driver import rollout
+from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.rng import row_seeds
+from autotool_fast.tasks import tiny
+from autotool_fast.tasks.record import Task
+from autotool_fast.tasks.rendering import solution
+from autotool_fast.tasks.world import World
+
+torch.set_num_threads(1)
+WORLD = World(("set", "hop", "chain"), 4)
+GROUP = 4
+SET, OTHER_SET, HOP, CHAIN = (
+    WORLD.task(family, k, "train", seed)
+    for family, k, seed in (("set", 0, "0"), ("set", 0, "1"), ("hop", 4, "0"), ("chain", 2, "0"))
+)
+SHORT, LONG, WRONG_SHORT, WRONG_LONG, MALFORMED = "short", "long", "wrong short", "wrong long", "malformed"
+MIXED = [[SHORT, LONG, WRONG_SHORT, MALFORMED], [LONG, WRONG_LONG, LONG, SHORT], [LONG, SHORT, MALFORMED, LONG]]
+
+
+def written(task: Task, kind: str) -> list[str]:
+    """The turns of a reply of some kind, as text."""
+    if kind == MALFORMED:
+        return ["so: 3"]
+    if kind.startswith("wrong"):  # asks for another thing than the task does
+        task = OTHER_SET if task.family == "set" else WORLD.task(task.family, task.difficulty, "train", "other")
+        return solution(task, think="long" in kind)[-1:]
+    return solution(task, think="long" in kind)
+
+
+class Setting:
+    """A trainer on a small untrained model, with scripted replies."""
+
+    script: ClassVar[dict[int, list[int]]] = {}  # a row's seed -> tokens still to come
+
+    def __init__(self, monkeypatch, *, dtype: torch.dtype = torch.float32, seed: int = 0, rl=None, **values) -> None:
+        options = {"group_size": GROUP, "prompts_per_step": 3, "lr": 1e-2, **(rl or {})}
+        sizes = {"layers": 1, "hidden": 16, "heads": 2, "kv_heads": 2, "intermediate": 16}
+        self.config = from_dict({"rl": options, "model": sizes, "rollout": {"slots": 8}, **values})
+        tokenizer = tiny.build_tokenizer()
+        self.chat = ChatFormat(tokenizer)
+        self.model = tiny.build_model(self.config.model, tokenizer, seed).to(dtype)
+        optimizers = Optimizers(self.model, lr=options["lr"], weight_decay=0.0)
+        self.state = StageState(self.model, tokenizer, optimizers)
+        self.engine = SlotEngine(self.model, slots=8, max_len=256)
+        self.trainer = PolicyTrainer(self.config, self.state, self.engine, self.chat, Timer())
+        self.gradient: dict[str, torch.Tensor] = {}
+        monkeypatch.setattr(engine_module, "sample_logp_entropy", self._sample)
+        step = optimizers.step
+
+        def keep_gradient(*args, **kwargs):
+            self.gradient = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+            return step(*args, **kwargs)
+
+        optimizers.step = keep_gradient
+
+    def _sample(self, logits, *, temperature, seed, offset) -> SampledTokens:
+        token = torch.tensor([self.script[row].pop(0) for row in seed.tolist()])
+        logp = (logits.double() / (temperature or 1.0)).log_softmax(-1)
+        return SampledTokens(token, logp.gather(1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1))
+
+    def write(self, tasks: Sequence[Task], kinds: Sequence[Sequence[str]], step: int = 0, mode: str = "auto") -> None:
+        """Have the sampler give these replies at `step`."""
+        for group, (task, row) in enumerate(zip(tasks, kinds, strict=True)):
+            seeds = row_seeds(self.config.seed, step, group, np.arange(len(row))).tolist()
+            for seed, kind in zip(seeds, row, strict=True):
+                turns = [reply.removeprefix(f"[{mode}]\n") + self.chat.stop for reply in written(task, kind)]
+                self.script[seed] = [token for turn in turns for token in self.chat.encode_text(turn)]
+
+    def step(self, tasks: Sequence[Task], kinds: Sequence[Sequence[str]], step: int = 0):
+        self.write(tasks, kinds, step)
+        self.trainer.start_controller(tasks)
+        return self.trainer.step(tasks, step)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+
+@pytest.fixture
+def make(monkeypatch):
+    Setting.script.clear()
+
+    def build(**values) -> Setting:
+        return Setting(monkeypatch, **values)
+
+    return build
+
+
+TASKS = [SET, HOP, CHAIN]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_step_moves_weights_and_controller_and_reports_what_it_did(make):
+    setting = make()
+    before = setting.weights()
+    result = setting.step(TASKS, MIXED)
+    assert result.finite
+    assert result.batch is None
+    assert not same(setting.weights(), before)
+    trajectories = setting.trainer.last
+    assert [t.length_class for t in trajectories] == [1, 0, 1, -1, 0, 0, 0, 1, 0, 1, -1, 0]
+    assert [t.correct for t in trajectories] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
+    # METHOD's table: right 1.0 / 0.5, wrong -0.5 / -1.0 (think / no-think), malformed -1.5.
+    rewards = [1.0, 0.5, -1.0, -1.5, 0.5, -0.5, 0.5, 1.0, 0.5, 1.0, -1.5, 0.5]
+    assert setting.trainer.last_rewards == rewards
+    metrics = result.metrics
+    assert metrics["reward/mean"] == pytest.approx(np.mean(rewards))
+    assert metrics["acc/all"] == 8 / 12
+    assert metrics["acc/easy"] == 0.5
+    assert metrics["acc/hard"] == metrics["acc/k4"] == 0.75
+    assert metrics["think_rate/all"] == 6 / 12
+    assert metrics["think_rate/hard"] == 0.75
+    assert metrics["malformed"] == 2 / 12
+    assert metrics["groups/constant"] == 0.0
+    assert metrics["beta/long"] == 0.01  # the coefficient that served this step
+    # beta_l integrates the missing entropy of long responses, here far above their target.
+    assert metrics["entropy/long"] > 0.2
+    moved = 0.01 + 0.01 * (0.2 - metrics["entropy/long"])
+    assert setting.trainer.controller.beta_long == pytest.approx(max(moved, 0.0))
+    assert metrics["tokens/trained"] == sum((t.source == SOURCE_SAMPLED).sum() for t in trajectories)
+
+
+def test_sampler_and_trainer_agree_and_the_gap_is_logged(make):
+    setting = make()
+    for step in range(3):
+        metrics = setting.step(TASKS, MIXED, step).metrics
+        # Two float32 forward passes in different batch shapes; log-probs here are about -4, so 1e-5 is 20 ulp.
+        assert metrics["mismatch/max"] <= 1e-5
+        assert 0 <= metrics["mismatch/mean"] <= metrics["mismatch/max"]
+        assert metrics["ratio/max"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_sampler_of_other_weights_shows_in_the_mismatch(make):
+    setting = make()
+    setting.write(TASKS, MIXED)
+    sample = setting.trainer._sample
+
+    def other_weights(tasks, step):
+        with torch.no_grad():
+            setting.model.get_input_embeddings().weight.mul_(1.05)
+            trajectories = sample(tasks, step)
+            setting.model.get_input_embeddings().weight.div_(1.05)
+        return trajectories
+
+    setting.trainer._sample = other_weights
+    setting.trainer.start_controller(TASKS)
+    assert setting.trainer.step(TASKS, 0).metrics["mismatch/max"] > 1e-3
+
+
+def tokens_in_the_loss(setting: Setting, module: types.ModuleType, monkeypatch) -> list[list[int]]:
+    """Trained token ids per trajectory, as the loss of one step sees them, on tasks of one turn."""
+    seen: list[list[int]] = []
+
+    def record(model, batch, trained, **options):
+        spans = zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
+        seen.extend(batch.ids[a:b][trained[a:b]].tolist() for a, b in spans)
+        return packed_logp_entropy(model, batch, trained, **options)
+
+    monkeypatch.setattr(module, "packed_logp_entropy", record)
+    trainer = module.PolicyTrainer(setting.config, setting.state, setting.engine, setting.chat, Timer())
+    trainer.start_controller([SET])
+    trainer.step([SET], 0)
+    return seen
+
+
+MERGE = "33"  # a word of this tokenizer, so the text of two tokens "3" encodes to one
+
+
+def check_sampled_tokens_reach_the_loss(module: types.ModuleType, monkeypatch) -> None:
+    fragments = tiny.compact_fragments()
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "compact_fragments", lambda: [*fragments, MERGE])
+        Setting.script.clear()
+        setting = Setting(patch, rl={"prompts_per_step": 1})
+        vocabulary = setting.chat.tokenizer.get_vocab()
+        setting.write([SET], [[SHORT, LONG, WRONG_SHORT, MALFORMED]])
+        for tokens in setting.script.values():
+            tokens[-1:-1] = [vocabulary["3"]] * 2
+        sampled = sorted(list(tokens) for tokens in setting.script.values())
+        assert all(setting.chat.encode_text(setting.chat.decode(tokens)) != tokens for tokens in sampled)
+        assert sorted(tokens_in_the_loss(setting, module, patch)) == sampled
+
+
+def test_sampled_tokens_reach_the_loss_unchanged(monkeypatch):
+    check_sampled_tokens_reach_the_loss(rl_module, monkeypatch)
+
+
+def test_re_encoding_sampled_tokens_is_noticed(monkeypatch):
+    old = "pack([t.ids for t in part])"
+    new = "pack([np.array(self.chat.encode_text(self.chat.decode(t.ids))) for t in part])"
+    source = Path(rl_module.__file__).read_text()
+    assert source.count(old) == 1, "point this at the new form of the call"
+    mutant = types.ModuleType("autotool_fast.rl")
+    monkeypatch.setitem(sys.modules, "autotool_fast.rl", mutant)
+    exec(compile(source.replace(old, new), rl_module.__file__, "exec"), mutant.__dict__)
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):  # other lengths may not even fit together
+        check_sampled_tokens_reach_the_loss(mutant, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", ["auto", "think", "no_think"])
+def test_prompt_tool_and_forced_tokens_are_never_trained(make, mode):
+    setting = make()
+    kind = SHORT if mode == "no_think" else LONG
+    setting.write([CHAIN], [[kind]], mode=mode)
+    limits = rollout_limits(setting.config.rollout)
+    (trajectory,) = rollout(
+        setting.engine, [CHAIN], chat=setting.chat, group_size=1, seed=0, step=0, mode=mode, limits=limits
+    )
+    assert trajectory.correct
+    turns = [
+        setting.chat.encode_text(reply.removeprefix(f"[{mode}]\n") + setting.chat.stop)
+        for reply in written(CHAIN, kind)
+    ]
+    assert len(turns) == 3
+    sampled = trajectory.source == SOURCE_SAMPLED
+    assert trajectory.ids[sampled].tolist() == [token for turn in turns for token in turn]
+    assert {SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL} == set(trajectory.source.tolist())
+    tokens = ResponseTokens.of([trajectory], setting.chat)
+    assert tokens.old_logp.shape == tokens.entropy.shape == (sampled.sum(),)
+    assert tokens.cu_seqlens.tolist() == [0, sampled.sum()]
+    assert int(tokens.mode_mask.sum()) == (3 if mode == "auto" else 0)  # a forced tag is not sampled
+    words = [setting.chat.decode([i]) for i in trajectory.ids[sampled][tokens.think_mask.numpy()].tolist()]
+    assert bool(words) == (kind == LONG)
+    assert not {"<think>\n", "\n</think>\n", "[think]\n"} & set(words)
+
+
+def test_the_loss_does_not_see_tool_tokens(make):
+    """Their log-probs are never asked for: the trained rows are the sampled ones, position by position."""
+    setting = make()
+    asked = []
+
+    def record(model, batch, trained, **options):
+        asked.append((batch, trained))
+        return packed_logp_entropy(model, batch, trained, **options)
+
+    setting.write([CHAIN], [[LONG, SHORT, MALFORMED, WRONG_LONG]])
+    setting.trainer.start_controller([CHAIN])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl_module, "packed_logp_entropy", record)
+        setting.trainer.step([CHAIN], 0)
+    ((batch, trained),) = asked
+    ordered = sorted(setting.trainer.last, key=lambda t: -len(t.ids))
+    assert batch.ids.tolist() == np.concatenate([t.ids for t in ordered]).tolist()
+    assert trained.tolist() == np.concatenate([t.source == SOURCE_SAMPLED for t in ordered]).tolist()
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "sequences", 100.0])
+@pytest.mark.parametrize("scope", ["reply", "mode"])
+@pytest.mark.parametrize("constant_groups", ["entropy", "exclude"])
+def test_micro_batches_change_neither_loss_nor_gradient(make, normalize, scope, constant_groups):
+    results = []
+    kinds = [*MIXED[:2], [LONG] * GROUP]
+    for micro_tokens in (100_000, 150, 1):
+        rl = {
+            "micro_tokens": micro_tokens,
+            "normalize": normalize,
+            "entropy_scope": scope,
+            "constant_groups": constant_groups,
+            "target_long": 10.0,  # the gate is open, so the entropy term takes part
+        }
+        setting = make(dtype=torch.float64, rl=rl)
+        results.append((setting.step(TASKS, kinds).metrics, setting.gradient))
+    metrics, gradient = results[0]
+    assert metrics["loss/entropy"] != 0.0
+    for other, other_gradient in results[1:]:
+        # float64 sums in another order; the losses themselves are rounded to float32 by the op.
+        for name in ("loss/total", "loss/policy", "loss/entropy", "entropy/long", "grad_norm", "tokens/trained"):
+            assert other[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), name
+        for name, value in gradient.items():
+            torch.testing.assert_close(other_gradient[name], value, rtol=1e-5, atol=1e-8)
+
+
+def test_constant_groups_alone_leave_plain_grpo_where_it_is(make):
+    setting = make(arm="none")
+    before = setting.weights()
+    result = setting.step(TASKS, [[SHORT] * GROUP, [LONG] * GROUP, [MALFORMED] * GROUP])
+    assert result.finite
+    assert result.metrics["groups/constant"] == 1.0
+    assert result.metrics["grad_norm"] == 0.0
+    assert same(setting.weights(), before)
+
+
+def entropy_gradient(setting: Setting, weight: float) -> dict[str, torch.Tensor]:
+    """The gradient of -weight * (mean over all responses of H_i of the long ones), written out."""
+    setting.model.zero_grad()
+    trajectories = setting.trainer.last
+    total = torch.zeros((), dtype=torch.float64)
+    for t in trajectories:
+        if t.length_class == 0:
+            sampled = torch.from_numpy(t.source == SOURCE_SAMPLED)
+            total = total + packed_logp_entropy(setting.model, pack([t.ids]), sampled).entropy.double().mean()
+    (-weight * total / len(trajectories)).backward()
+    return {name: p.grad.clone() for name, p in setting.model.named_parameters() if p.grad is not None}
+
+
+def test_constant_groups_keep_their_entropy_term_and_nothing_else(make):
+    rl = {"normalize": "sequences", "target_long": 10.0, "beta_long": 0.25}
+    setting = make(dtype=torch.float64, rl=rl)
+    setting.state.optimizers.members = []  # the weights stay, for the comparison below
+    setting.step(TASKS, [[SHORT] * GROUP, [LONG] * GROUP, [MALFORMED] * GROUP])
+    expected = entropy_gradient(setting, 0.25)
+    clip = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
+    assert 0 < clip < setting.config.rl.grad_clip
+    for name, value in expected.items():
+        # The op returns its gradient in float32 where its input is; the model is float64, sums differ in order.
+        torch.testing.assert_close(setting.gradient[name], value, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "sequences"])
+def test_excluded_constant_groups_leave_the_loss_and_its_normaliser(make, normalize):
+    """The step is that of the other groups alone."""
+    rl = {"normalize": normalize, "constant_groups": "exclude", "target_long": 10.0}
+    both = make(dtype=torch.float64, rl=rl)
+    loss = both.step([SET, HOP], [MIXED[0], [LONG] * GROUP]).metrics["loss/total"]
+    alone = make(dtype=torch.float64, rl=rl)
+    assert alone.step([SET], [MIXED[0]]).metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
+    for name, value in alone.gradient.items():
+        torch.testing.assert_close(both.gradient[name], value, rtol=1e-5, atol=1e-9)
+
+
+def test_excluding_every_group_is_a_step_of_zero(make):
+    setting = make(rl={"constant_groups": "exclude"})
+    before = setting.weights()
+    result = setting.step(TASKS, [[SHORT] * GROUP, [LONG] * GROUP, [MALFORMED] * GROUP])
+    assert result.finite
+    assert result.metrics["grad_norm"] == 0.0
+    assert same(setting.weights(), before)
+
+
+def test_only_malformed_replies_are_a_working_step(make):
+    setting = make()
+    result = setting.step(TASKS, [[MALFORMED] * GROUP] * 3)
+    assert result.finite
+    assert result.metrics["malformed"] == 1.0
+    assert result.metrics["reward/mean"] == -1.5
+    assert not {"entropy/long", "entropy/short", "tokens/long", "tokens/short"} & result.metrics.keys()
+    assert setting.trainer.controller.beta_long == 0.01  # no long response, so it does not move
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_arm_and_scope_trains(make, arm, scope):
+    setting = make(arm=arm, rl={"entropy_scope": scope, "target_long": 10.0, "beta_short": 0.02})
+    before = setting.weights()
+    result = setting.step(TASKS, MIXED)
+    assert result.finite
+    assert not same(setting.weights(), before)
+    term = result.metrics["loss/entropy"]
+    assert term == 0.0 if arm == "none" else term < 0.0
+    beta = setting.trainer.controller.beta_long
+    assert beta == 0.01 if arm in ("none", "fixed", "decoupled-fixed") else beta > 0.01
+
+
+def test_the_format_mode_reaches_the_reward():
+    assert reward_table(from_dict({"rl": {"format_mode": "add"}}).rl).format_mode == "add"
+    names = ["correct_short", "correct_long", "wrong_long", "wrong_short", "malformed"]
+    changed = dict(zip(names, (5.0, 4.0, 3.0, 2.0, 1.0), strict=True))
+    table = reward_table(from_dict({"rl": changed}).rl)
+    assert dataclasses.asdict(table) == {**changed, "format_mode": "gate"}
+
+
+@pytest.mark.parametrize("scope", ["reply", "mode"])
+def test_relative_targets_are_measured_on_the_start_model_before_the_first_step(make, scope):
+    setting = make(rl={"target_mode": "relative", "target_ratio": 0.5, "entropy_scope": scope})
+    setting.write(TASKS, MIXED, step=-1)
+    before = setting.weights()
+    setting.trainer.start_controller(TASKS)
+    assert same(setting.weights(), before)
+    setting.write(TASKS, MIXED, step=-1)
+    means: dict[int, list[float]] = {0: [], 1: [], -1: []}
+    for t in setting.trainer._sample(TASKS, -1):
+        entropy = t.entropy[t.source == SOURCE_SAMPLED]
+        if scope == "mode":
+            entropy = np.array([t.entropy[start] for start, _ in t.turn_spans])
+        means[t.length_class].append(float(entropy.mean(dtype=np.float64)))
+    controller = setting.trainer.controller
+    # Means of float32 entropies, rounded once more to float32.
+    assert controller.target_long == pytest.approx(0.5 * np.mean(means[0]), rel=1e-6)
+    assert controller.target_short == pytest.approx(0.5 * np.mean(means[1]), rel=1e-6)
+    for step in range(2):  # measured once
+        metrics = setting.step(TASKS, MIXED, step).metrics
+        assert (metrics["target/long"], metrics["target/short"]) == (controller.target_long, controller.target_short)
+
+
+def test_the_controller_lives_in_the_json_able_state_and_continues_from_there(make):
+    setting = make()
+    setting.step(TASKS, MIXED)
+    extra = json.loads(json.dumps(setting.state.extra))
+    resumed = make()
+    resumed.state.extra.update(extra)
+    resumed.model.load_state_dict(setting.model.state_dict())
+    tensors, rest = copy.deepcopy(setting.state.optimizers.pack())
+    resumed.state.optimizers.unpack(tensors, rest)
+    results = [s.step(TASKS, MIXED, 1).metrics for s in (setting, resumed)]
+    assert results[0] == results[1]
+    assert resumed.trainer.controller == setting.trainer.controller
+    assert same(resumed.weights(), setting.weights())
+
+
+def test_evaluation_moves_neither_weights_nor_controller_nor_generators(make):
+    setting = make()
+    setting.step(TASKS, MIXED)
+    setting.write([SET, HOP], [[SHORT], [LONG]])
+    weights, extra = setting.weights(), copy.deepcopy(setting.state.extra)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    limits = rollout_limits(setting.config.rollout)
+    mix = cell_weights(WORLD, 0.5)
+    result = evaluate(setting.engine, setting.chat, [SET, HOP], mix, limits=limits, modes=("auto",))
+    assert result["auto"]["overall"]["accuracy"] > 0
+    assert same(setting.weights(), weights)
+    assert setting.state.extra == extra
+    assert all(p.grad is None for p in setting.model.parameters())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert random.getstate() == states[2]
+    assert setting.model.training
+
+
+@pytest.mark.parametrize("where", ["logp", "entropy", "gradient"])
+def test_a_step_that_is_not_finite_moves_nothing_and_hands_over_its_batch(make, monkeypatch, where):
+    setting = make()
+    setting.step(TASKS, MIXED)
+    weights, extra = setting.weights(), copy.deepcopy(setting.state.extra)
+    optimizer = {name: tensor.clone() for name, tensor in setting.state.optimizers.pack()[0].items()}
+
+    def broken(model, batch, trained, **options):
+        logp, entropy = packed_logp_entropy(model, batch, trained, **options)
+        poison = torch.zeros_like(logp)
+        poison[0] = float("nan")
+        if where == "logp":
+            return logp + poison, entropy
+        if where == "entropy":
+            return logp, entropy + poison
+        logp.register_hook(lambda gradient: gradient + poison)
+        return logp, entropy
+
+    monkeypatch.setattr(rl_module, "packed_logp_entropy", broken)
+    result = setting.step(TASKS, MIXED, 1)
+    assert not result.finite
+    assert len(result.batch) == 12
+    assert result.batch[0]["ids"] == setting.trainer.last[0].ids.tolist()
+    json.dumps(result.batch)
+    assert same(setting.weights(), weights)
+    assert setting.state.extra == extra
+    assert same(setting.state.optimizers.pack()[0], optimizer)
+
+
+def test_stats_are_summed_over_micro_batches_before_the_one_update(make, monkeypatch):
+    calls: list[EntropyStats] = []
+
+    def record(controller, stats):
+        calls.append(stats)
+        return controller
+
+    monkeypatch.setattr(rl_module, "update", record)
+    setting = make(rl={"micro_tokens": 1})
+    setting.step(TASKS, MIXED)
+    (stats,) = calls
+    assert (stats.long_count, stats.short_count, stats.all_count) == (6, 4, 12)
