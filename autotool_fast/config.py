@@ -55,28 +55,29 @@ class ModelConfig(Section):
     hidden: int = number(64, low=8)
     """Hidden size."""
     heads: int = number(4, low=1)
-    """Attention heads; the head size is hidden / heads."""
+    """Attention heads."""
+    head_dim: int = number(32, low=2)
+    """Size of a head, an even number."""
     kv_heads: int = number(4, low=1)
     """Key-value heads."""
     intermediate: int = number(192, low=8)
     """Width of the gated MLP."""
     max_positions: int = number(256, low=16)
     """Longest sequence, in tokens."""
-    rope_theta: float = number(100.0, above=0.0)
+    rope_theta: float = number(10_000.0, above=0.0)
     """Base of the rotary position frequencies."""
     initializer_range: float = number(0.1, above=0.0)
     """Standard deviation of the initial weights."""
-    qk_norm_init: float = number(1.5, above=0.0)
+    qk_norm_init: float = number(1.2, above=0.0)
     """Initial gain of the query and key norms."""
 
     def validate(self) -> None:
-        self.require(self.hidden % self.heads == 0, "hidden", "must be a multiple of model.heads")
         self.require(self.heads % self.kv_heads == 0, "heads", "must be a multiple of model.kv_heads")
-        self.require(self.hidden // self.heads % 2 == 0, "hidden", "must give each head an even size")
+        self.require(self.head_dim % 2 == 0, "head_dim", "must be even")
 
     def parameters(self, vocab: int) -> int:
         """Number of parameters of the Qwen3 model with `vocab` tokens and tied embeddings."""
-        head = self.hidden // self.heads
+        head = self.head_dim
         attention = 2 * self.hidden * head * (self.heads + self.kv_heads) + 2 * head
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return vocab * self.hidden + self.layers * layer + self.hidden
