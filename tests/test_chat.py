@@ -329,11 +329,13 @@ def test_the_prompt_ends_with_the_assistants_header(setting):
     assert task.messages[0]["content"] in text
 
 
-def test_the_compact_prompt_names_every_tool_in_order():
+def test_the_compact_prompt_is_chatml_and_names_every_tool_in_order():
     task = World().task("hop", 2, "test", "x")
     text = ChatFormat(build_tokenizer()).render(list(task.messages), list(task.tools))
-    header = text.split("<|im_end|>")[0].removeprefix("<|im_start|>system\n")
-    assert header.split() == [tool["function"]["name"] for tool in task.tools]
+    names = "".join(tool["function"]["name"] + " " for tool in task.tools)
+    turns = [("system", names), ("user", task.messages[0]["content"])]
+    whole = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    assert text == whole + "<|im_start|>assistant\n"
 
 
 def test_the_qwen_prompt_holds_every_schema_as_one_json_line():
