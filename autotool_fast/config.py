@@ -64,7 +64,7 @@ class ModelConfig(Section):
     """Width of the gated MLP."""
     max_positions: int = number(256, low=16)
     """Longest sequence, in tokens."""
-    rope_theta: float = number(10_000.0, above=0.0)
+    rope_theta: float = number(3_000.0, above=0.0)
     """Base of the rotary position frequencies."""
     initializer_range: float = number(0.1, above=0.0)
     """Standard deviation of the initial weights."""

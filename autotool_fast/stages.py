@@ -163,7 +163,8 @@ def base(p: Pipeline) -> dict[str, Any]:
 
     def batch(step: int) -> list[Demonstration]:
         rng = np.random.default_rng([p.config.seed, step])
-        tasks = p.world.draw(config.batch, "train", f"{p.config.seed}/base/{step}", config.easy_share, lessons=True)
+        seed, progress = f"{p.config.seed}/base/{step}", step / config.steps
+        tasks = p.world.draw(config.batch, "train", seed, config.easy_share, progress=progress)
         return [demonstrate(task, solution(task, think=rng.random() < 0.5), p.chat) for task in tasks]
 
     p.sft("base", model, config, batch, matrix=config.optimizer)

@@ -40,7 +40,8 @@ class Family:
         difficulties: the difficulties it can draw.
         needs: spec -> names of the tools a solution uses.
         content: spec -> what must not be shared between the splits.
-        lessons: relative share in base training, larger for what is learnt last.
+        joins: share of base training after which the family joins in. Looking things up, which `hop` is made of, is
+            learnt last and helps with the rest, so it comes first.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Family:
     difficulties: tuple[int, ...]
     needs: Callable[[Spec], tuple[str, ...]]
     content: Callable[[Spec], Any]
-    lessons: int = 1
+    joins: float = 0.0
 
 
 def _draw_set(rng: random.Random, k: int) -> Spec:
@@ -105,9 +106,9 @@ FAMILIES: dict[str, Family] = {
             lambda s: ("goto",),
             lambda s: [sorted(s["map"]), s["start"]],
         ),
-        Family("reg", _draw_reg, tuple(range(1, 7)), lambda s: ("submit",), lambda s: s),
-        Family("cups", _draw_cups, tuple(range(1, 7)), lambda s: ("pick",), lambda s: s),
-        Family("chain", _draw_chain, tuple(range(1, 4)), lambda s: ("read", "submit"), lambda s: s["cells"]),
+        Family("reg", _draw_reg, tuple(range(1, 7)), lambda s: ("submit",), lambda s: s, joins=0.3),
+        Family("cups", _draw_cups, tuple(range(1, 7)), lambda s: ("pick",), lambda s: s, joins=0.3),
+        Family("chain", _draw_chain, tuple(range(1, 4)), lambda s: ("read", "submit"), lambda s: s["cells"], 0.3),
     )
 }
 

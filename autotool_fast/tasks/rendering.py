@@ -45,7 +45,7 @@ def _compact_request(family: str, spec: Spec) -> str:
         return f"set {spec['item']}=?"
     if family == "hop":
         pairs = "".join(f"{a}>{b}" for a, b in spec["map"])
-        return f"map {pairs}{_compact_goal(family, spec)}"
+        return f"map {pairs} from {spec['start']} hop {spec['hops']}"
     if family == "reg":
         ops = "".join(f" #{i} {'+' if op == 'add' else '-'}{n}" for i, (op, n) in enumerate(spec["ops"], 1))
         return f"reg {spec['start']}{ops}"
@@ -60,7 +60,7 @@ def _compact_goal(family: str, spec: Spec) -> str:
     if family == "irrelevant":
         return _compact_goal(spec["family"], spec["spec"])
     if family == "hop":
-        return f" from {spec['start']} hop {spec['hops']}"
+        return _compact_request(family, spec)
     if family == "reg":
         return f"reg {spec['start']}"
     if family == "cups":

@@ -232,20 +232,18 @@ class World:
         )
 
     def draw(
-        self, count: int, split: str, seed: str, easy_share: float | None = None, *, lessons: bool = False
+        self, count: int, split: str, seed: str, easy_share: float | None = None, *, progress: float = 1.0
     ) -> Iterator[Task]:
         """`count` tasks: a share of easy ones (difficulty 0), the rest spread evenly over families, then over k.
 
         Args:
             easy_share: probability of an easy task; None spreads evenly over all families.
-            lessons: draw families by their share in base training instead of evenly.
+            progress: share of base training that is done; families that join later are left out, unless none is left.
         """
-        groups = {
-            name: [
-                f for f in sorted({family for family, _ in cells}) for _ in range(FAMILIES[f].lessons if lessons else 1)
-            ]
-            for name, cells in (("easy", self.easy), ("steps", self.steps))
-        }
+        groups = {}
+        for name, cells in (("easy", self.easy), ("steps", self.steps)):
+            families = sorted({family for family, _ in cells})
+            groups[name] = [family for family in families if FAMILIES[family].joins <= progress] or families
         for index in range(count):
             rng = random.Random(f"draw/{split}/{seed}/{index}")
             if easy_share is None:
