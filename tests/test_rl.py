@@ -466,7 +466,7 @@ def test_evaluation_moves_neither_weights_nor_controller_nor_generators(make):
 
 @pytest.mark.parametrize("where", ["logp", "entropy", "gradient"])
 def test_a_step_that_is_not_finite_moves_nothing_and_hands_over_its_batch(make, monkeypatch, where):
-    setting = make()
+    setting = make(rl={"target_long": 10.0})  # so that the coefficient would rise
     setting.step(TASKS, MIXED)
     weights, extra = setting.weights(), copy.deepcopy(setting.state.extra)
     optimizer = {name: tensor.clone() for name, tensor in setting.state.optimizers.pack()[0].items()}

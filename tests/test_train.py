@@ -160,12 +160,16 @@ def test_ctrl_c_in_every_stage_and_resuming_equals_not_stopping(complete, preset
         capsys.readouterr()
         with ctrl_c_at(stage, step):
             assert main([*command, *(["--resume"] if number else [])]) == 130, stage
-        lines = [line for line in capsys.readouterr().err.splitlines() if "interrupted" in line]
+        shown = capsys.readouterr().err.splitlines()
+        assert shown[-1].startswith("interrupted")
+        assert not any(line.startswith("label") for line in shown if stage == "base")  # nothing begins after a stop
+        lines = [line for line in shown if "interrupted" in line]
         assert len(lines) == 1
         assert str(out) in lines[0]
         assert "--resume" in lines[0]
         assert (out / "report.html").exists()
-        assert (out / "stages" / "base.json").exists() == (number > 0)
+        last = {"base": 140, "rl": 5}.get(stage) == step
+        assert (out / "stages" / f"{stage}.json").exists() == last
     assert main([*command, "--resume"]) == 0
     assert_equal_runs(out, complete)
 
