@@ -27,7 +27,7 @@ ext: $(VENV)/.installed
 	$(PY) csrc/build.py $(ARGS)
 
 bench: $(VENV)/.installed
-	$(PY) -m benchmarks.run_all $(ARGS)
+	$(PY) -m benchmarks.run_all
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

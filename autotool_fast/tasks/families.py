@@ -96,7 +96,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("set", _draw_set, (0,), lambda s: ("set",), lambda s: s),
-        Family("parallel", _draw_parallel, (0,), lambda s: ("set",), lambda s: s),
+        Family("parallel", _draw_parallel, (0,), lambda s: ("set",), lambda s: sorted(s["settings"])),
         Family("irrelevant", _draw_irrelevant, (0,), lambda s: (), lambda s: s),
         Family("missing", _draw_set, (0,), lambda s: ("set",), lambda s: s),
         Family(
