@@ -254,11 +254,12 @@ class RLConfig(Section):
     eval_every: int = number(20, low=0)
     """Steps between evaluations on a small test sample; 0: never."""
     checkpoint_every: int = number(40, low=0)
-    """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
+    """Steps between checkpoints; 0: only on Ctrl-C."""
     keep_checkpoints: int = number(2, low=1)
     """Checkpoints kept, newest first."""
 
     def validate(self) -> None:
+        self.require(self.correct_short > self.wrong_short, "correct_short", "must be greater than rl.wrong_short")
         self.require(self.beta_long <= self.beta_max, "beta_long", "must be at most rl.beta_max")
         self.require(self.beta_short <= self.beta_max, "beta_short", "must be at most rl.beta_max")
 

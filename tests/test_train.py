@@ -303,6 +303,7 @@ def error_line(capsys, *argv: str) -> str:
         (["--arm", "decopled"], ["arm", "'decoupled'"]),
         (["--rl.lr", "fast"], ["rl.lr", "a number"]),
         (["--rl.lr", "-1"], ["rl.lr", "greater than 0"]),
+        (["--rl.wrong-short", "2"], ["rl.correct_short", "rl.wrong_short"]),
         (["--preset", "smoek"], ["smoek", "'smoke'"]),
         (["--preset", "missing/own.toml"], ["missing/own.toml", "No such file"]),
         (["--stages", "rl"], ["stage rl", "needs stage warmup", "--resume"]),
