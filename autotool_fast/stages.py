@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from autotool_fast import files
 from autotool_fast.chat import ChatFormat
 from autotool_fast.checkpoint import no_progress_bars
-from autotool_fast.config import SftConfig, TrainConfig
+from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, cell_weights, evaluate
 from autotool_fast.labeling import Outcome, label, label_table
@@ -57,7 +57,7 @@ from autotool_fast.tasks.world import World
 from autotool_fast.transcripts import Transcripts, one_per_cell, rewards_of
 from autotool_fast.warmup import Demonstration, demonstrate, imitate, sft_backward
 
-MODEL_OF_STAGE = {"base": "base", "warmup": "warmup", "distill": "distilled", "rl": "rl"}
+MODEL_OF_STAGE: dict[Stage, str] = {"base": "base", "warmup": "warmup", "distill": "distilled", "rl": "rl"}
 
 
 class Pipeline:
@@ -109,7 +109,7 @@ class Pipeline:
 
     def sft(
         self,
-        stage: str,
+        stage: Stage,
         model: PreTrainedModel,
         config: SftConfig,
         batch: Callable[[int], Sequence[Demonstration]],
@@ -148,9 +148,17 @@ class Pipeline:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A model folder in float32."""
-    with no_progress_bars():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """A model folder in float32.
+
+    Raises:
+        UserError: there is no model, or a damaged one.
+    """
+    try:
+        with no_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"holds no model that can be loaded ({reason})", where=str(folder)) from error
 
 
 def base(p: Pipeline) -> dict[str, Any]:
@@ -174,11 +182,12 @@ def base(p: Pipeline) -> dict[str, Any]:
 def _reused(source: Path, p: Pipeline) -> PreTrainedModel:
     where = f"base.reuse ({source})"
     try:
-        saved, model = AutoTokenizer.from_pretrained(source, local_files_only=True), load_model(source)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot be loaded ({reason})", where=where, remedy="name a models/base folder") from error
-    if saved.get_vocab() != p.tokenizer.get_vocab():
+        model = load_model(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (UserError, OSError, ValueError) as error:
+        reason = error.what if isinstance(error, UserError) else "holds no tokenizer"
+        raise UserError(reason, where=where, remedy="name a models/base folder") from error
+    if tokenizer.get_vocab() != p.tokenizer.get_vocab():
         raise UserError("has another vocabulary", where=where, remedy="train the base anew")
     return model
 
@@ -423,7 +432,7 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
     """Every model of the run in every mode on the held-out grid; writes results.json."""
     config, progress = p.config.eval, p.context.progress
     tasks = p.world.grid(config.per_cell, "test", f"{p.config.seed}/eval")
-    names = [name for name in ("base", "distilled", "warmup", "rl") if (p.run.model(name) / "config.json").exists()]
+    names = _saved_models(p.run)
     if not names:
         raise UserError(
             "there is no model to evaluate", where=str(p.run.path / "models"), remedy="run stage base first"
@@ -464,7 +473,18 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
     return {name: values["auto"]["overall"] for name, values in models.items()}
 
 
-STAGES: dict[str, Callable[[Pipeline], dict[str, Any]]] = {
+def _saved_models(run: RunFolder) -> list[str]:
+    return [name for name in ("base", "distilled", "warmup", "rl") if (run.model(name) / "config.json").exists()]
+
+
+def is_done(run: RunFolder, stage: Stage) -> bool:
+    """Whether a stage needs not run (again). Models that came after an evaluation call for another one."""
+    if stage != "eval" or not run.is_finished(stage):
+        return run.is_finished(stage)
+    return set(run.summary("eval")) == set(_saved_models(run))
+
+
+STAGES: dict[Stage, Callable[[Pipeline], dict[str, Any]]] = {
     "base": base,
     "label": label_prompts,
     "warmup": warmup,
@@ -483,11 +503,15 @@ def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
         UserError: a file cannot be read or written, or the model has diverged.
     """
     with Progress() as progress:
-        metrics = MetricsWriter.open(run.metrics, lambda row: True)
-        context = Context(config, run, metrics, progress, StopFlag())
         try:
-            with context.stop.installed(progress.say):
-                yield context
+            metrics = MetricsWriter.open(run.metrics, lambda row: True)
+            context = Context(config, run, metrics, progress, StopFlag())
+            try:
+                with context.stop.installed(progress.say):
+                    yield context
+            finally:
+                with suppress(OSError):  # what a full disk refused was reported when it was written
+                    context.metrics.close()
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and not error.strerror:
                 raise
@@ -498,9 +522,6 @@ def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
         except FloatingPointError as error:
             remedy = "start a new run with a lower learning rate"
             raise UserError(str(error), where=str(run.path), remedy=remedy) from error
-        finally:
-            with suppress(OSError):
-                context.metrics.close()
 
 
 def run_stages(config: TrainConfig, run: RunFolder) -> int:
@@ -518,11 +539,11 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
         pipeline = Pipeline(context)
         try:
             for stage in config.stages:
-                if context.run.is_finished(stage):
+                if is_done(run, stage):
                     context.progress.say(f"{stage}: finished before")
                     continue
                 context.stop.check()
-                context.run.finish_stage(stage, STAGES[stage](pipeline))
+                run.finish_stage(stage, STAGES[stage](pipeline))
         except Interrupted:
             context.progress.finish()
             flag = "--resume in place of --overwrite" if config.overwrite else "--resume"

@@ -265,6 +265,31 @@ def test_every_arm_runs_from_a_cold_start(cold, tmp_path, arm):
 
 
 @pytest.mark.slow
+def test_models_that_came_after_an_evaluation_are_evaluated_on_resuming(cold, tmp_path, capsys):
+    def evaluated() -> list[str]:
+        return list(json.loads((tmp_path / "run" / "results.json").read_text())["models"])
+
+    cold += ["--rl.steps", "1"]
+    assert main([*cold, "--stages", "base,eval"]) == 0
+    assert evaluated() == ["base"]
+    before = (tmp_path / "run" / "results.json").stat().st_mtime_ns
+    assert main([*cold, "--resume", "--stages", "base,eval"]) == 0
+    assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == before  # nothing new
+    assert main([*cold, "--resume", "--stages", "base,rl,eval"]) == 0
+    assert evaluated() == ["base", "rl"]
+    said = capsys.readouterr().err
+    assert said.count("eval: finished before") == 1
+
+
+@pytest.mark.slow
+def test_a_damaged_model_of_the_run_is_one_line(cold, tmp_path, capsys):
+    assert main([*cold, "--stages", "base"]) == 0
+    (tmp_path / "run" / "models" / "base" / "model.safetensors").write_bytes(b"cut short")
+    line = error_line(capsys, *cold, "--resume", "--stages", "rl")
+    assert str(tmp_path / "run" / "models" / "base") in line
+
+
+@pytest.mark.slow
 def test_non_finite_weights_end_the_run_with_one_line(cold, capsys, monkeypatch):
     import autotool_fast.stages as stages
 
@@ -284,7 +309,7 @@ def test_non_finite_weights_end_the_run_with_one_line(cold, capsys, monkeypatch)
 
 
 def error_line(capsys, *argv: str) -> str:
-    """What a command that must be refused prints."""
+    """The one line that a command which must be refused prints."""
     capsys.readouterr()
     assert main(list(argv)) == 2
     captured = capsys.readouterr()
