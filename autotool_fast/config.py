@@ -207,7 +207,7 @@ class RLConfig(Section):
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = number(0.2, above=0.0)
     """The probability ratio is clipped above at 1 + clip_high."""
-    normalize: Literal["sequences", "tokens"] | float = number("sequences", above=0.0)  # type: ignore[arg-type]
+    normalize: Literal["sequences", "tokens"] | float = number("tokens", above=0.0)  # type: ignore[arg-type]
     """sequences: mean per response, then over responses; tokens: mean over all trained tokens; a number: the
     sum over trained tokens divided by it."""
     constant_groups: Literal["entropy", "exclude"] = "entropy"
@@ -358,6 +358,12 @@ class TrainConfig(Section):
         if self.label.rule != "start":
             return self.label.rule
         return "any" if self.start == "noisy" else "threshold"
+
+    @property
+    def distill_steps(self) -> int:
+        """Updates of the always-think baseline: `distill.steps`, or as many as warm-up and RL together."""
+        warmup = 0 if self.start == "cold" else self.warmup.steps
+        return self.distill.steps or warmup + self.rl.steps
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -78,7 +78,10 @@ def stage_summary(config: TrainConfig, stage: Stage) -> str:
         sft = {"base": config.base, "warmup": config.warmup, "distill": config.distill}[stage]
         if stage == "warmup" and config.start == "cold":
             return "none: a cold start skips the warm-up"
-        return f"{sft.steps:,} steps of {sft.batch} sequences, lr {sft.lr:g}"
+        if stage == "base" and config.base.reuse:
+            return f"none: the model in {config.base.reuse} is taken over"
+        steps = config.distill_steps if stage == "distill" else sft.steps
+        return f"{steps:,} steps of {sft.batch} sequences, lr {sft.lr:g}"
     if stage == "label":
         rule = f"threshold {label.threshold:g}" if config.label_rule == "threshold" else "any"
         return f"{label.prompts:,} prompts, {label.k} samples each and mode, rule {rule}"

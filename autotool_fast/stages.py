@@ -293,8 +293,7 @@ def distill(p: Pipeline) -> dict[str, Any]:
     if not demos:
         raise UserError("no prompt was solved by thinking", where="label", remedy="train the base model for longer")
     config = p.config.distill
-    warm = 0 if p.config.start == "cold" else p.config.warmup.steps
-    steps = config.steps or warm + p.config.rl.steps
+    steps = p.config.distill_steps
     p.sft(
         "distill",
         p.load("base"),

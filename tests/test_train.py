@@ -347,6 +347,29 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("argv", "stage", "text"),
+    [
+        ([], "distill", "9 steps"),  # 4 of the warm-up and 5 of RL
+        (["--start", "cold"], "distill", "5 steps"),
+        (["--distill.steps", "7"], "distill", "7 steps"),
+        (["--start", "cold"], "warmup", "none"),
+        (["--base.reuse", "mine"], "base", "none: the model in mine is taken over"),
+        (["--refine.no-enabled"], "refine", "off: all 9 prompts"),
+        (["--resume", "--stages", "rl"], "rl", "5 steps"),
+    ],
+)
+def test_the_plan_says_what_the_stages_will_do(tmp_path, monkeypatch, capsys, preset, argv, stage, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    assert main(["--preset", preset, "--distill.steps", "0", *argv, "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"stage {stage} ")]
+    assert len(lines) == 1
+    assert text in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 @pytest.mark.parametrize("kind", ["below a file", "refused by the system"])
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys, kind):
     (tmp_path / "file").write_text("kept")
