@@ -55,16 +55,16 @@ def premise_table(results: dict[str, Any]) -> Table:
         mode: {(c["family"], c["difficulty"]): c for c in models[key][mode]["cells"]} for mode in ("no_think", "think")
     }
     levels = sorted({k for _, k in cells["think"]})
-    title = f"The premise ({MODEL_NAMES[key]}): accuracy when forced not to think / to think"
+    title = f"The premise ({MODEL_NAMES[key]}): % right when forced not to think / to think"
     table = Table(title=title, **_STYLE)
-    table.add_column("family")
+    table.add_column("family", no_wrap=True)
     for k in levels:
         table.add_column(f"k={k}", justify="right", no_wrap=True)
     for family in dict.fromkeys(family for family, _ in cells["think"]):
         row = []
         for k in levels:
             pair = [cells[mode].get((family, k)) for mode in ("no_think", "think")]
-            row.append("" if None in pair else " / ".join(_percent(c["accuracy"]) for c in pair))
+            row.append("" if None in pair else " / ".join(f"{100 * c['accuracy']:.0f}" for c in pair))
         table.add_row(family, *row)
     return table
 
