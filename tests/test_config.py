@@ -61,7 +61,7 @@ def test_every_setting_has_a_docstring():
         ("world", "families", []),
         ("world", "families", ["set", "hops"]),
         ("world", "families", "set"),
-        ("model", "hidden", 65),
+        ("model", "head_dim", 15),
         ("refine", "enabled", 1),
         ("rollout", "max_turn_tokens", 1000),
         ("warmup", "warmup_steps", 150),
