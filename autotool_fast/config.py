@@ -85,7 +85,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class SftConfig(Section):
-    """Supervised training: AdamW, linear warm-up, cosine decay."""
+    """Supervised training: linear warm-up, constant rate, linear decay over the last 30 % of the steps."""
 
     steps: int = number(150, low=0)
     """Optimizer steps."""

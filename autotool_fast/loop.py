@@ -132,12 +132,11 @@ class Optimizers:
             checkpoint.unpack_optimizer(optimizer, tensors, rest[i], f"optimizer{i}")
 
 
-def cosine(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
-    """Learning-rate factor: linear from 0 over `warmup` steps, then half a cosine down to `floor`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(steps - warmup, 1)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+def trapezoid(step: int, steps: int, warmup: int, decay: float = 0.3, floor: float = 0.02) -> float:
+    """Learning-rate factor: up from 0 over `warmup` steps, 1, down to `floor` over the last share `decay` of them."""
+    rise = (step + 1) / (warmup + 1)
+    fall = (steps - step) / max(decay * steps, 1)
+    return max(min(rise, fall, 1.0), floor if step >= warmup else 0.0)
 
 
 @dataclass

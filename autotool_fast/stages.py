@@ -40,8 +40,8 @@ from autotool_fast.loop import (
     StageState,
     StepResult,
     StopFlag,
-    cosine,
     run_steps,
+    trapezoid,
 )
 from autotool_fast.metrics import MetricsWriter, Progress
 from autotool_fast.refine import refine
@@ -117,7 +117,7 @@ class Pipeline:
         steps: int | None = None,
         matrix: str = "adamw",
     ) -> None:
-        """Fine-tune `model` on `batch(step)`, with cosine decay, and save it."""
+        """Fine-tune `model` on `batch(step)`, with a trapezoidal learning rate, and save it."""
         steps = config.steps if steps is None else steps
         optimizers = Optimizers(model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix)
         timer = self.context.timer
@@ -128,7 +128,7 @@ class Pipeline:
             with timer.phase("backward"):
                 loss = sft_backward(model, demos)
             with timer.phase("optimizer"):
-                scale = cosine(index, steps, config.warmup_steps)
+                scale = trapezoid(index, steps, config.warmup_steps)
                 norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))
             metrics = {"loss/sft": loss, "grad_norm": norm}
             return StepResult(metrics, finite, None if finite else [demo.ids.tolist() for demo in demos])

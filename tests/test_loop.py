@@ -21,8 +21,8 @@ from autotool_fast.loop import (
     StageState,
     StepResult,
     StopFlag,
-    cosine,
     run_steps,
+    trapezoid,
 )
 from autotool_fast.metrics import MetricsWriter, Progress, read_rows, strip_timings
 from autotool_fast.runs import RunFolder
@@ -73,7 +73,7 @@ class Training:
         loss = self.state.model(ids, labels=ids).loss
         loss.backward()
         value = float("nan") if index in self.bad_steps else float(loss.detach())
-        norm, finite = self.state.optimizers.step(1.0, cosine(index, 8, 2), measured=(value,))
+        norm, finite = self.state.optimizers.step(1.0, trapezoid(index, 8, 2), measured=(value,))
         if finite:
             self.state.extra["seen"].append(index)
         return StepResult({"loss": value, "norm": norm}, finite, None if finite else ids.tolist())
@@ -285,11 +285,11 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
     assert seen[0] == pytest.approx(0.5, rel=1e-4)  # torch adds 1e-6 to the norm it divides by
 
 
-def test_the_rate_rises_linearly_then_falls_to_its_floor():
-    rates = [cosine(step, 100, 9) for step in range(100)]
+def test_the_rate_rises_linearly_stays_and_falls_linearly_to_its_floor():
+    rates = [trapezoid(step, 100, 9) for step in range(100)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
-    assert rates[9] == 1.0
-    assert max(rates) == 1.0
-    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
-    assert cosine(100, 100, 9) == pytest.approx(0.02)
-    assert all(0 < cosine(step, 3, 5) <= 1 for step in range(3))  # more warm-up than steps
+    assert rates[9:71] == [1.0] * 62
+    assert all(a > b for a, b in itertools.pairwise(rates[70:]))
+    assert rates[85] == pytest.approx(0.5)
+    assert trapezoid(100, 100, 9) == pytest.approx(0.02)
+    assert all(0 < trapezoid(step, 3, 5) <= 1 for step in range(3))  # more warm-up than steps
