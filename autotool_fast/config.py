@@ -180,7 +180,7 @@ class RefineConfig(Section):
     """Share dropped of the prompts whose samples are all wrong."""
     keep: float = number(0.5, above=0.0, high=1.0)
     """Share kept of the rest, lowest variance over rounds first."""
-    rank: Literal["all", "informative"] = "all"
+    rank: Literal["all", "informative"] = "informative"
     """all: every remaining prompt is ranked by its variance; informative: those whose reward never moved come
     last."""
 
