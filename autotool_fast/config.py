@@ -198,7 +198,9 @@ class RLConfig(Section):
     group_size: int = number(8, low=2)
     """Responses per prompt."""
     lr: float = number(3e-4, above=0.0)
-    """Learning rate, constant."""
+    """Learning rate, constant after the warm-up."""
+    warmup_steps: int = number(20, low=0)
+    """Steps of linear warm-up: AdamW's first steps are large, and can undo the choice of mode before it is rewarded."""
     weight_decay: float = number(0.0, low=0.0)
     """Decoupled weight decay."""
     grad_clip: float = number(1.0, above=0.0)

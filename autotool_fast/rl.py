@@ -202,8 +202,13 @@ class PolicyTrainer:
             limits=self.limits,
         )
 
-    def step(self, tasks: Sequence[Task], step: int) -> StepResult:
-        """One on-policy update on the groups of `tasks`."""
+    def step(self, tasks: Sequence[Task], step: int, *, updates: int | None = None) -> StepResult:
+        """One on-policy update on the groups of `tasks`.
+
+        Args:
+            step: names the stream of random numbers, together with the run's seed.
+            updates: updates made before this one, for the warm-up of the rate; `step` if not given.
+        """
         with self.timer.phase("rollout"):
             trajectories = self._sample(tasks, step)
         rewards = [reward(t.length_class, t.correct, self.table) for t in trajectories]
@@ -251,7 +256,8 @@ class PolicyTrainer:
             mismatch.append((logp.detach() - tokens.old_logp).abs())
         with self.timer.phase("optimizer"):
             measured = (loss_sum, *astuple(stats))
-            norm, finite = self.state.optimizers.step(self.config.rl.grad_clip, measured=measured)
+            scale = min(1.0, ((step if updates is None else updates) + 1) / (self.config.rl.warmup_steps + 1))
+            norm, finite = self.state.optimizers.step(self.config.rl.grad_clip, scale, measured=measured)
         if finite:
             self.state.extra["controller"] = update(controller, stats).to_dict()
         gaps = torch.cat(mismatch)

@@ -329,7 +329,7 @@ def refine_prompts(p: Pipeline) -> dict[str, Any]:
         order = np.random.default_rng([p.config.seed, 3, turn]).permutation(len(pool))
         chosen = order[part * size : (part + 1) * size]
         # Steps before -1 are streams of random numbers that the RL stage never uses.
-        result = trainer.step([pool[i] for i in chosen], -2 - index)
+        result = trainer.step([pool[i] for i in chosen], -2 - index, updates=index)
         for place, i in enumerate(chosen):
             mine = slice(place * rl.group_size, (place + 1) * rl.group_size)
             state.extra["rewards"][i][turn] = float(np.mean(trainer.last_rewards[mine]))

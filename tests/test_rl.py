@@ -505,3 +505,17 @@ def test_stats_are_summed_over_micro_batches_before_the_one_update(make, monkeyp
     setting.step(TASKS, MIXED)
     (stats,) = calls
     assert (stats.long_count, stats.short_count, stats.all_count) == (6, 4, 12)
+
+
+def test_the_rate_warms_up_over_the_first_updates(make, monkeypatch):
+    setting, scales = make(), []
+    step = Optimizers.step
+
+    def record(self, max_norm, scale=1.0, **rest):
+        scales.append(scale)
+        return step(self, max_norm, scale, **rest)
+
+    monkeypatch.setattr(Optimizers, "step", record)
+    for updates in (0, 10, 20, 500):
+        setting.trainer.step([SET], -2, updates=updates)
+    assert scales == pytest.approx([1 / 21, 11 / 21, 1.0, 1.0])

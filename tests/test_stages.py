@@ -233,9 +233,9 @@ def test_refinement_measures_every_prompt_in_every_round_and_throws_the_copy_awa
     steps, earned = [], {}
     step = stages.PolicyTrainer.step
 
-    def watch(self, tasks, number):
+    def watch(self, tasks, number, *, updates):
         steps.append((number, [task.id for task in tasks]))
-        result = step(self, tasks, number)
+        result = step(self, tasks, number, updates=updates)
         # Rewards of their own for every prompt and round, or an untrained model would earn nearly the same everywhere.
         self.last_rewards = [len(steps) + i / 8 for i in range(len(self.last))]
         for i, task in enumerate(tasks):
