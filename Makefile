@@ -8,7 +8,7 @@ ARGS ?=
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3,10) <= sys.version_info[:2] <= (3,13) else "autotool_fast needs Python 3.10-3.13; run make PYTHON=/path/to/python3")'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "torch>=2.11,<2.14"
 	$(PY) -m pip install --quiet -e ".[test,bench]"
 	touch $@

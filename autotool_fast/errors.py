@@ -24,4 +24,5 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{line}; {self.remedy}" if self.remedy else line
+        line = f"{line}; {self.remedy}" if self.remedy else line
+        return " ".join(line.splitlines())  # reasons taken over from libraries may have several

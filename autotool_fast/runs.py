@@ -52,6 +52,8 @@ class RunFolder:
         folder = None
         try:
             _refuse_foreign(path)
+            if config.resume and not (path / "config.json").exists():
+                raise UserError("holds no run to resume", where=str(path), remedy="start without --resume")
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, _lock(path))
             folder._prepare(config)
@@ -65,14 +67,10 @@ class RunFolder:
         return folder
 
     def _prepare(self, config: TrainConfig) -> None:
-        exists = (self.path / "config.json").exists()
         if config.resume:
-            if not exists:
-                remedy = "start without --resume"
-                raise UserError("holds no run to resume", where=str(self.path), remedy=remedy)
             _check_same_settings(config, read_config(self.path), self.path)
             return
-        if exists and not config.overwrite:
+        if (self.path / "config.json").exists() and not config.overwrite:
             remedy = "use --resume to continue it, --overwrite to replace it, or another --out"
             raise UserError("already holds a run", where=str(self.path), remedy=remedy)
         # config.json goes last, so that an interrupted removal can be repeated.

@@ -28,6 +28,7 @@ from autotool_fast.runs import RunFolder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer; returns the exit code: 0 done, 2 a user's error, 130 interrupted."""
+    config = None
     try:
         config = parse_args(argv)
         check(config)
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        remedy = "repeat the command with --resume to continue from the newest checkpoint"
+        flag = "--resume in place of --overwrite" if config and config.overwrite else "--resume"
+        remedy = f"repeat the command with {flag} to continue from the newest checkpoint"
         print(f"interrupted at once; {remedy}", file=sys.stderr)
         return 130
 

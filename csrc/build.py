@@ -50,7 +50,7 @@ def command(nvcc: str, output: Path) -> list[str]:
 
 
 def build(force: bool = False) -> Path:
-    """Path of the library, built if it is missing or `force`; RuntimeError with one line otherwise."""
+    """Path of the library, built if it is missing or `force`; RuntimeError says why not, with what nvcc printed."""
     library = cuda.library_path()
     if library.exists() and not force:
         return library

@@ -509,6 +509,7 @@ def test_stats_are_summed_over_micro_batches_before_the_one_update(make, monkeyp
 
 def test_the_rate_warms_up_over_the_first_updates(make, monkeypatch):
     setting, scales = make(), []
+    setting.trainer.start_controller([SET])
     step = Optimizers.step
 
     def record(self, max_norm, scale=1.0, **rest):

@@ -105,6 +105,7 @@ def test_unwritable_folders_are_one_line(tmp_path):
 
 def test_resume_needs_a_run(tmp_path):
     assert "no run to resume" in error_of(settings(tmp_path / "new", resume=True))
+    assert not (tmp_path / "new").exists()
 
 
 def test_resume_remembers_finished_stages(tmp_path):

@@ -219,6 +219,18 @@ def test_a_second_ctrl_c_stops_at_once_and_what_was_saved_resumes(preset, tmp_pa
     assert metric_lines(tmp_path / "run") == metric_lines(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("flags", "hint"), [([], "with --resume to"), (["--overwrite"], "in place of --overwrite to")])
+def test_the_way_to_continue_after_a_stop_at_once_is_a_command_that_works(tmp_path, capsys, monkeypatch, flags, hint):
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autotool_fast.train.RunFolder.create", stopped)
+    assert main(["--out", str(tmp_path / "run"), *flags]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert hint in lines[0]
+
+
 @pytest.fixture
 def cold(complete, preset, tmp_path) -> list[str]:
     """Options of a short run that takes over the trained base model and goes straight to RL."""

@@ -45,8 +45,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 decoder in float32.
 
-    Query and key norms start at `config.qk_norm_init`: with heads of 16 dimensions a gain of 1 caps attention logits at
-    4, too flat to pick one token out of a prompt, and training spends its first half raising it.
+    Query and key norms start at `config.qk_norm_init`: with a gain g and heads of d dimensions attention logits are at
+    most g^2 sqrt(d). Where that is small attention is too flat to pick one token out of a prompt, and training spends
+    its first half raising it.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
