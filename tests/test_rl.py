@@ -509,7 +509,6 @@ def test_stats_are_summed_over_micro_batches_before_the_one_update(make, monkeyp
 
 def test_the_rate_warms_up_over_the_first_updates(make, monkeypatch):
     setting, scales = make(), []
-    setting.trainer.start_controller([SET])
     step = Optimizers.step
 
     def record(self, max_norm, scale=1.0, **rest):
@@ -518,5 +517,5 @@ def test_the_rate_warms_up_over_the_first_updates(make, monkeypatch):
 
     monkeypatch.setattr(Optimizers, "step", record)
     for updates in (0, 10, 20, 500):
-        setting.trainer.step([SET], -2, updates=updates)
+        setting.step(TASKS, MIXED, updates)
     assert scales == pytest.approx([1 / 21, 11 / 21, 1.0, 1.0])
