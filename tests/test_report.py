@@ -522,3 +522,20 @@ def test_the_report_needs_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("scope", "text"),
+    [
+        ("reply", "Per reply, over sampled tokens."),
+        ("think", "Per reply, over the sampled tokens of the thinking."),
+        ("mode", "Per reply, over the sampled mode tag."),
+        ("blend", "Per reply, half over the sampled mode tag, half over all sampled tokens."),
+    ],
+)
+def test_the_entropy_chart_says_over_which_tokens(tmp_path, scope, text):
+    path = write_run(tmp_path / "run", rl_steps=3)
+    record = json.loads((path / "config.json").read_text())
+    record["config"]["rl"]["entropy_scope"] = scope
+    (path / "config.json").write_text(json.dumps(record))
+    assert text in write_report(path).read_text()

@@ -224,8 +224,7 @@ def rl_figures(run: Run) -> list[Figure]:
                 y_label="mean token entropy (nats)",
                 description="Entropy of long replies, short replies and the mode token, with targets",
             ),
-            "Per reply, over sampled tokens. Dashed: target; the bonus acts on replies at or below it. "
-            + note,
+            f"Per reply, {_scope_text(run)}. Dashed: target; the bonus acts on replies at or below it. {note}",
         ),
         (
             "Entropy coefficients",
@@ -279,6 +278,16 @@ def held_out_figures(run: Run) -> list[Figure]:
                 Figure(title, svg, "A small held-out set in auto mode, greedy by default. Not smoothed.")
             )
     return figures
+
+
+def _scope_text(run: Run) -> str:
+    """Which tokens make up the entropy of a reply."""
+    scopes = {
+        "think": "over the sampled tokens of the thinking",
+        "mode": "over the sampled mode tag",
+        "blend": "half over the sampled mode tag, half over all sampled tokens",
+    }
+    return scopes.get(run.setting("rl.entropy_scope"), "over sampled tokens")
 
 
 def _recovery_text(run: Run) -> str:

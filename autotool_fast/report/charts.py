@@ -484,7 +484,7 @@ def _draw_iso(frame: _Frame, line: IsoLine, boxes: list[tuple[float, float, floa
 
 def _place_label(frame: _Frame, point: Point, boxes: list[tuple[float, float, float, float]]) -> str:
     """Write the label at the first free place around the mark; leave it out if there is none."""
-    x, y, width = frame.x(point.x), frame.y(point.y), _TEXT * len(point.label) + 2
+    x, y, width = frame.x(point.x), frame.y(point.y), 1.15 * _TEXT * len(point.label) + 2  # bold
     spots = [(x + 10, y), (x - 10 - width, y)]
     spots += [(x - width / 2 + dx, y + dy) for dy in (16, -16, 30, -30) for dx in (0, width / 2, -width / 2)]
     for left, centre in spots:
