@@ -16,7 +16,7 @@ import torch
 
 from autotool_fast.chat import SOURCE_SAMPLED, ChatFormat
 from autotool_fast.config import RLConfig, RolloutConfig, TrainConfig
-from autotool_fast.loop import Optimizers, StageState, StepResult
+from autotool_fast.loop import Optimizers, StageState, StepResult, trapezoid
 from autotool_fast.metrics import Timer
 from autotool_fast.objective import (
     EntropyController,
@@ -207,7 +207,7 @@ class PolicyTrainer:
 
         Args:
             step: names the stream of random numbers, together with the run's seed.
-            updates: updates made before this one, for the warm-up of the rate; `step` if not given.
+            updates: updates made before this one, for the learning rate; `step` if not given.
         """
         with self.timer.phase("rollout"):
             trajectories = self._sample(tasks, step)
@@ -256,7 +256,7 @@ class PolicyTrainer:
             mismatch.append((logp.detach() - tokens.old_logp).abs())
         with self.timer.phase("optimizer"):
             measured = (loss_sum, *astuple(stats))
-            scale = min(1.0, ((step if updates is None else updates) + 1) / (self.config.rl.warmup_steps + 1))
+            scale = trapezoid(step if updates is None else updates, self.config.rl.steps, self.config.rl.warmup_steps)
             norm, finite = self.state.optimizers.step(self.config.rl.grad_clip, scale, measured=measured)
         if finite:
             self.state.extra["controller"] = update(controller, stats).to_dict()
@@ -319,5 +319,5 @@ def _as_json(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def policy_optimizers(config: RLConfig, model: Any) -> Optimizers:
-    """The RL stage's optimizer: AdamW, constant rate."""
+    """The RL stage's optimizer: AdamW on everything."""
     return Optimizers(model, lr=config.lr, weight_decay=config.weight_decay)

@@ -507,15 +507,15 @@ def test_stats_are_summed_over_micro_batches_before_the_one_update(make, monkeyp
     assert (stats.long_count, stats.short_count, stats.all_count) == (6, 4, 12)
 
 
-def test_the_rate_warms_up_over_the_first_updates(make, monkeypatch):
-    setting, scales = make(), []
-    step = Optimizers.step
+def test_the_rate_warms_up_and_falls_at_the_end(make):
+    setting, scales = make(rl={"steps": 100, "prompts_per_step": 3}), []
+    step = setting.state.optimizers.step
 
-    def record(self, max_norm, scale=1.0, **rest):
+    def record(max_norm, scale=1.0, **rest):
         scales.append(scale)
-        return step(self, max_norm, scale, **rest)
+        return step(max_norm, scale, **rest)
 
-    monkeypatch.setattr(Optimizers, "step", record)
-    for updates in (0, 10, 20, 500):
-        setting.step(TASKS, MIXED, updates)
-    assert scales == pytest.approx([1 / 21, 11 / 21, 1.0, 1.0])
+    setting.state.optimizers.step = record
+    for number in (0, 10, 20, 70, 85, 100):
+        setting.step(TASKS, MIXED, number)
+    assert scales == pytest.approx([1 / 21, 11 / 21, 1.0, 1.0, 0.5, 0.02])
