@@ -66,6 +66,16 @@ def test_matches_the_formula(backend, normalize, as_tensors):
         assert (a - w).abs().max() <= TOLERANCE * max(1.0, w.abs().max().item())
 
 
+@pytest.mark.parametrize("normalize", ["tokens", "sequences", 7.0])
+def test_float64_inputs_are_served_in_float64(normalize):
+    # Some 60 terms of order 1, rounded in another order: far below the 1e-9 that one float32 coefficient would cost.
+    args = batch(torch.float64, longest=20)
+    out, grads = run(args, normalize=normalize, **OPTIONS)
+    (loss, means), wanted = expected(args, normalize=normalize, **OPTIONS)
+    for ours, theirs in zip((out.loss, out.sequence_entropy, *grads), (loss, means, *wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
+
+
 def test_gradcheck_in_float64():
     logp, old_logp, entropy, *rest = batch(torch.float64, longest=20)
     logp.requires_grad_(), entropy.requires_grad_()

@@ -74,7 +74,7 @@ def policy_forward(
     gate = gate if gate_tensor is None else gate_tensor.to(dtype)
     short, long = (is_short == 1) & trained, (is_short == 0) & trained
     open_short, open_long = short & (sequence_entropy <= gate[0]), long & (sequence_entropy <= gate[1])
-    beta = open_short * gate[2] + open_long * gate[3]  # [B]
+    beta = open_short.to(dtype) * gate[2] + open_long.to(dtype) * gate[3]  # [B]
 
     total = counts.sum()
     if normalize == NORMALIZE_TOKENS:
