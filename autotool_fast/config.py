@@ -198,10 +198,11 @@ class RLConfig(Section):
     group_size: int = number(8, low=2)
     """Responses per prompt."""
     lr: float = number(3e-4, above=0.0)
-    """Peak learning rate; it falls linearly over the last 30 % of the steps, so that a run ends without the jitter of
-    AdamW on small gradients."""
-    warmup_steps: int = number(20, low=0)
-    """Steps of linear warm-up: AdamW's first steps are large, and can undo the choice of mode before it is rewarded."""
+    """Peak learning rate."""
+    warmup_steps: int = number(0, low=0)
+    """Steps of linear warm-up."""
+    decay: float = number(0.0, low=0.0, high=1.0)
+    """Share of the steps, at the end, over which the rate falls linearly; 0: constant."""
     weight_decay: float = number(0.0, low=0.0)
     """Decoupled weight decay."""
     grad_clip: float = number(1.0, above=0.0)

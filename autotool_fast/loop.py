@@ -135,7 +135,7 @@ class Optimizers:
 def trapezoid(step: int, steps: int, warmup: int, decay: float = 0.3, floor: float = 0.02) -> float:
     """Learning-rate factor: up from 0 over `warmup` steps, 1, down to `floor` over the last share `decay` of them."""
     rise = (step + 1) / (warmup + 1)
-    fall = (steps - step) / max(decay * steps, 1)
+    fall = (steps - step) / (decay * steps) if decay else 1.0
     return max(min(rise, fall, 1.0), floor if step >= warmup else 0.0)
 
 

@@ -256,7 +256,8 @@ class PolicyTrainer:
             mismatch.append((logp.detach() - tokens.old_logp).abs())
         with self.timer.phase("optimizer"):
             measured = (loss_sum, *astuple(stats))
-            scale = trapezoid(step if updates is None else updates, self.config.rl.steps, self.config.rl.warmup_steps)
+            rl, done = self.config.rl, step if updates is None else updates
+            scale = trapezoid(done, rl.steps, rl.warmup_steps, rl.decay)
             norm, finite = self.state.optimizers.step(self.config.rl.grad_clip, scale, measured=measured)
         if finite:
             self.state.extra["controller"] = update(controller, stats).to_dict()

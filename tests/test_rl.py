@@ -507,8 +507,8 @@ def test_stats_are_summed_over_micro_batches_before_the_one_update(make, monkeyp
     assert (stats.long_count, stats.short_count, stats.all_count) == (6, 4, 12)
 
 
-def test_the_rate_warms_up_and_falls_at_the_end(make):
-    setting, scales = make(rl={"steps": 100, "prompts_per_step": 3}), []
+def test_the_rate_is_constant_unless_told_to_warm_up_and_to_fall(make):
+    setting, scales = make(rl={"steps": 100, "warmup_steps": 20, "decay": 0.3}), []
     step = setting.state.optimizers.step
 
     def record(max_norm, scale=1.0, **rest):
@@ -519,3 +519,10 @@ def test_the_rate_warms_up_and_falls_at_the_end(make):
     for number in (0, 10, 20, 70, 85, 100):
         setting.step(TASKS, MIXED, number)
     assert scales == pytest.approx([1 / 21, 11 / 21, 1.0, 1.0, 0.5, 0.02])
+    constant = make(rl={"steps": 100})
+    step = constant.state.optimizers.step
+    scales.clear()
+    constant.state.optimizers.step = record
+    for number in (0, 50, 99):
+        constant.step(TASKS, MIXED, number)
+    assert scales == [1.0, 1.0, 1.0]
