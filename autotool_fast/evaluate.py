@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from autotool_fast.chat import MODES, ChatFormat
+from autotool_fast.rewards import RewardTable, routing_regret
 from autotool_fast.rollout.driver import RolloutLimits, rollout
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.rollout.records import Trajectory
@@ -115,3 +116,21 @@ def evaluate(
             on_mode(mode, trajectories)
         results[mode] = summarise(trajectories, weights, parameters)
     return results
+
+
+def regret(modes: dict[str, Any], weights: dict[tuple[str, int], float], table: RewardTable) -> float:
+    """Mean reward lost in mode auto against an oracle that picks the better forced mode for every cell.
+
+    Args:
+        modes: from `evaluate`, with all three modes.
+        weights: from `cell_weights`.
+        table: the rewards that decide which mode is better.
+    """
+    auto, direct, think = (modes[mode]["cells"] for mode in ("auto", "no_think", "think"))
+    return routing_regret(
+        [cell["think_rate"] for cell in auto],
+        [cell["accuracy"] for cell in direct],
+        [cell["accuracy"] for cell in think],
+        table,
+        weights=[weights[cell["family"], cell["difficulty"]] for cell in auto],
+    )

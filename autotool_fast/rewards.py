@@ -83,7 +83,8 @@ def expected_rewards(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Expected reward of answering without and with thinking, from the success probabilities of both modes.
 
-    Well-formed replies are assumed. Both results are float64 of the inputs' broadcast shape.
+    Well-formed replies are assumed. With the default table not thinking is the better choice exactly when
+    p_nothink > (p_think + 0.5) / 2. Both results are float64 of the inputs' broadcast shape.
     """
     p_nothink, p_think = np.broadcast_arrays(
         np.asarray(p_nothink, np.float64), np.asarray(p_think, np.float64)
@@ -91,16 +92,6 @@ def expected_rewards(
     short = p_nothink * table.correct_short + (1 - p_nothink) * table.wrong_short
     long = p_think * table.correct_long + (1 - p_think) * table.wrong_long
     return short, long
-
-
-def reward_implied_threshold(p_think: ArrayLike, table: RewardTable) -> np.ndarray:
-    """The no-think success probability above which, and only above which, not thinking earns more.
-
-    Solves `p_n * correct_short + (1 - p_n) * wrong_short = E[think]` for p_n; with the default table this is
-    `(p_think + 0.5) / 2`. Above 1 thinking is always better, below 0 never. Float64, shape of `p_think`.
-    """
-    _, long = expected_rewards(0.0, p_think, table)
-    return (long - table.wrong_short) / (table.correct_short - table.wrong_short)
 
 
 def routing_regret(

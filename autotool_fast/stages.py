@@ -31,7 +31,7 @@ from autotool_fast.chat import ChatFormat
 from autotool_fast.checkpoint import no_progress_bars
 from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.errors import UserError
-from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, cell_weights, evaluate
+from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, cell_weights, evaluate, regret
 from autotool_fast.labeling import Outcome, label, label_table
 from autotool_fast.loop import (
     Context,
@@ -463,6 +463,7 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
     progress.finish()
     results = {
         "models": models,
+        "routing_regret": {name: regret(modes, p.weights, table) for name, modes in models.items()},
         "acu_unit": ACU_UNIT,
         "per_cell": config.per_cell,
         "easy_share": p.config.world.easy_share,

@@ -14,7 +14,7 @@ from autotool_fast.tasks.world import BANDS
 
 _STYLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left", "caption_justify": "left", "padding": (0, 1)}
 
-MIN_WIDTH = 100
+MIN_WIDTH = 110
 """Columns the tables need; narrower terminals wrap lines rather than lose figures."""
 
 MODEL_NAMES = {"base": "base", "distilled": "always-think SFT", "warmup": "warm-up SFT", "rl": "AutoTool RL"}
@@ -36,14 +36,17 @@ def print_summary(run: Path, report: Path | None, console: Console | None = None
 def outcome_table(results: dict[str, Any]) -> Table:
     """One row per model: accuracy, thinking rate and tokens over the test mix and by band, in auto mode."""
     table = Table(title="Test split, mode auto: accuracy, thinking rate, mean response tokens", **_STYLE)
-    for title in ("model", "whole mix", "ACU", *BANDS):
+    for title in ("model", "whole mix", "ACU", "regret", *BANDS):
         table.add_column(title, justify="left" if title == "model" else "right", no_wrap=True)
     for key, title in MODEL_NAMES.items():
         if key in results["models"]:
             auto = results["models"][key]["auto"]
             bands = [_triple(auto["bands"][band]) if band in auto["bands"] else "-" for band in BANDS]
-            table.add_row(title, _triple(auto["overall"]), f"{auto['overall']['acu']:.1f}", *bands)
-    table.caption = f"ACU: {results['acu_unit']}"
+            lost = results.get("routing_regret", {}).get(key)
+            figures = (f"{auto['overall']['acu']:.1f}", "-" if lost is None else f"{lost:.2f}")
+            table.add_row(title, _triple(auto["overall"]), *figures, *bands)
+    unit = results["acu_unit"]
+    table.caption = f"ACU: {unit}\nregret: mean reward lost against the better mode for each kind of task"
     return table
 
 

@@ -8,7 +8,8 @@ import torch
 
 from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, ChatFormat, parse_reply
 from autotool_fast.config import ModelConfig
-from autotool_fast.evaluate import ALL_MODES, cell_weights, evaluate, summarise
+from autotool_fast.evaluate import ALL_MODES, cell_weights, evaluate, regret, summarise
+from autotool_fast.rewards import RewardTable
 from autotool_fast.rollout.driver import RolloutLimits
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.rollout.records import StopReason, Trajectory
@@ -165,3 +166,17 @@ def test_every_mode_is_sampled_once_per_task_and_forced_modes_are_kept():
     acu, parameters = results["auto"]["overall"], sum(p.numel() for p in model.parameters())
     assert acu["acu"] == pytest.approx(100 * acu["accuracy"] / (parameters / 1e6 * acu["tokens"]))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_regret_is_the_reward_lost_against_the_better_mode_of_each_cell():
+    def cells(*rows):
+        return {"cells": [{"family": f, "difficulty": k, "accuracy": a, "think_rate": t} for f, k, a, t in rows]}
+
+    modes = {
+        "auto": cells(("set", 0, 1.0, 0.25), ("hop", 4, 0.5, 0.5)),
+        "no_think": cells(("set", 0, 1.0, 0.0), ("hop", 4, 0.0, 0.0)),
+        "think": cells(("set", 0, 1.0, 1.0), ("hop", 4, 1.0, 1.0)),
+    }
+    # set: a quarter of the replies earns 0.5 instead of 1; hop: half of them -1 instead of 0.5.
+    expected = 0.6 * 0.25 * 0.5 + 0.4 * 0.5 * 1.5
+    assert regret(modes, {("set", 0): 0.6, ("hop", 4): 0.4}, RewardTable()) == pytest.approx(expected, rel=1e-12)

@@ -14,7 +14,6 @@ from autotool_fast.rewards import (
     RewardTable,
     expected_rewards,
     reward,
-    reward_implied_threshold,
     routing_regret,
 )
 
@@ -53,10 +52,13 @@ def test_bad_tables_are_refused_in_the_users_words(bad):
     assert f"rl.{next(iter(bad))}" in str(caught.value)
 
 
-def test_threshold_of_the_default_table():
-    p_think = np.linspace(0, 1, 11)
-    # One multiply-add and one division in float64: a few ulp of numbers below 1.
-    np.testing.assert_allclose(reward_implied_threshold(p_think, DEFAULT), (p_think + 0.5) / 2, atol=1e-15)
+def test_with_the_default_table_not_thinking_is_better_above_half_of_p_think_and_a_half():
+    for p_think in np.linspace(0, 1, 11):
+        threshold = (p_think + 0.5) / 2
+        # A margin far above rounding and far below the spacing of the grid.
+        short, long = expected_rewards(np.array([threshold - 1e-9, threshold + 1e-9]), p_think, DEFAULT)
+        assert short[0] < long[0]
+        assert short[1] > long[1]
 
 
 probability = st.floats(0, 1)
@@ -64,9 +66,7 @@ amount = st.floats(-4, 4)
 
 
 @given(probability, probability, amount, st.floats(0.1, 4), amount, amount)
-def test_not_thinking_earns_more_exactly_above_the_threshold(
-    p_n, p_t, wrong_short, gap, correct_long, wrong_long
-):
+def test_expected_rewards_are_those_of_the_two_outcomes(p_n, p_t, wrong_short, gap, correct_long, wrong_long):
     table = RewardTable(
         correct_short=wrong_short + gap,
         wrong_short=wrong_short,
@@ -75,9 +75,8 @@ def test_not_thinking_earns_more_exactly_above_the_threshold(
     )
     short = p_n * reward(1, True, table) + (1 - p_n) * reward(1, False, table)
     long = p_t * reward(0, True, table) + (1 - p_t) * reward(0, False, table)
-    # At the threshold itself rounding decides; leave a margin above the rounding of values of size 4.
-    if abs(short - long) > 1e-12:
-        assert (short > long) == (p_n > reward_implied_threshold(p_t, table))
+    # Values of size 4: a few ulp.
+    np.testing.assert_allclose(expected_rewards(p_n, p_t, table), (short, long), atol=1e-14)
 
 
 def test_regret_of_the_two_constant_policies_and_of_the_oracle():

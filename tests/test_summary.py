@@ -64,7 +64,7 @@ def test_the_outcome_shows_auto_mode_over_the_mix_and_by_band(results):
     row = " ".join(rows(outcome_table(results))[-1])
     assert row.split()[:2] == ["AutoTool", "RL"]
     assert row.split()[2:6] == ["88%", "35%", "22.0", "12.3"]
-    assert row.split()[6:] == ["91%", "2%", "11.2", "-", "83%", "94%", "51.8"]
+    assert row.split()[6:] == ["-", "91%", "2%", "11.2", "-", "83%", "94%", "51.8"]
 
 
 def test_the_premise_shows_both_forced_modes_of_the_base_model_by_cell(results):
