@@ -186,7 +186,7 @@ def run_steps(
     found = checkpoint.latest(folder, warn=context.progress.say) if context.config.resume else None
     first, elapsed, skipped = (0, 0.0, 0) if found is None else (found.step, *_restore(found, state))
     context.metrics = _reopen_metrics(context, stage, first)
-    context.progress.start(stage, steps, first)
+    context.progress.start(stage, steps, first, every_step=True)
     context.timer.take()
     begin = time.perf_counter() - elapsed
     for index in range(first, steps):

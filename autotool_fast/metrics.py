@@ -147,7 +147,8 @@ class Timer:
 class Progress:
     """Shows how far a stage is: a live line on a terminal, plain lines elsewhere.
 
-    Plain lines come at most once per `interval` seconds, but a stage's first and last step are always shown.
+    Plain lines come one per step in stages started with `every_step`, else at most once per `interval` seconds, the
+    first and the last step always among them.
 
     Args:
         stream: where to write; standard error if not given.
@@ -162,7 +163,7 @@ class Progress:
         self._interval, self._clock = interval, clock
         self._live = self._live_display() if self._stream.isatty() else None
         self._task: Any = None
-        self._stage, self._total, self._first = "", 0, 0
+        self._stage, self._total, self._first, self._every_step = "", 0, 0, False
         self._begin = self._shown_at = 0.0
         self._pending: str | None = None
 
@@ -182,10 +183,10 @@ class Progress:
         live.start()
         return live
 
-    def start(self, stage: str, total: int, done: int = 0) -> None:
+    def start(self, stage: str, total: int, done: int = 0, *, every_step: bool = False) -> None:
         """Begin a stage of `total` steps, `done` of which an earlier process took."""
         self.finish()
-        self._stage, self._total, self._first = stage, total, done
+        self._stage, self._total, self._first, self._every_step = stage, total, done, every_step
         self._begin, self._shown_at = self._clock(), -math.inf
         if self._live:
             self._task = self._live.add_task(stage, total=total, completed=done, figures="")
@@ -200,7 +201,7 @@ class Progress:
         rest = (now - self._begin) / max(step - self._first, 1) * (self._total - step)
         counted = f"{self._stage:<8} {step:>{len(str(self._total))}}/{self._total}"
         self._pending = f"{counted}  eta {_clock_time(rest)}  {shown}".rstrip()
-        if step >= self._total or now - self._shown_at >= self._interval:
+        if self._every_step or step >= self._total or now - self._shown_at >= self._interval:
             self._print_pending()
 
     def say(self, text: str) -> None:

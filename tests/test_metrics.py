@@ -102,10 +102,10 @@ def test_timer_adds_up_phases_and_starts_over():
     assert timer.take() == {}
 
 
-def plain_lines(seconds_per_step: float, steps: int, stop: int | None = None) -> list[str]:
+def plain_lines(seconds_per_step: float, steps: int, stop: int | None = None, **options) -> list[str]:
     clock, stream = Clock(), io.StringIO()
     with Progress(stream, clock=clock) as progress:
-        progress.start("rl", steps)
+        progress.start("rl", steps, **options)
         for step in range(1, (stop or steps) + 1):
             clock.now += seconds_per_step
             progress.update(step, {"reward": step / 8})
@@ -124,6 +124,10 @@ def test_fast_steps_have_a_line_per_second_with_the_first_and_the_last():
     # 0.125 s is exact in binary, so the clock does not drift: a line at step 1 and then every 8 steps.
     counters = [int(line.split()[1].split("/")[0]) for line in plain_lines(0.125, 28)]
     assert counters == [1, 9, 17, 25, 28]
+
+
+def test_a_stage_of_steps_has_a_line_for_every_step_however_fast():
+    assert len(plain_lines(0.125, 28, every_step=True)) == 28
 
 
 def test_an_interrupted_stage_still_shows_its_last_step():
