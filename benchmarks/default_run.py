@@ -59,6 +59,44 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def hard_accuracy(run: Path, per_cell: int = 200) -> dict[str, float]:
+    """Accuracy on hard tasks in mode auto, RL and always-think, over many more tasks than the run's own evaluation.
+
+    The two models get the same tasks; `difference_se` is the standard error of the difference over these pairs.
+    """
+    import numpy as np
+    import torch
+
+    from autotool_fast.chat import ChatFormat
+    from autotool_fast.rl import rollout_limits
+    from autotool_fast.rollout.driver import rollout
+    from autotool_fast.rollout.engine import SlotEngine
+    from autotool_fast.runs import read_config
+    from autotool_fast.stages import load_model
+    from autotool_fast.tasks.tiny import build_tokenizer
+    from autotool_fast.tasks.world import World, band
+
+    torch.set_num_threads(1)
+    config, chat = read_config(run), ChatFormat(build_tokenizer())
+    world = World(config.world.families, config.world.max_difficulty)
+    tasks = [task for task in world.grid(per_cell, "test", "benchmark") if band(task.difficulty) == "hard"]
+    correct = {}
+    for name in ("rl", "distilled"):
+        model = load_model(run / "models" / name)
+        engine = SlotEngine(model, slots=config.rollout.slots, max_len=config.model.max_positions)
+        limits = rollout_limits(config.rollout)
+        done = rollout(engine, tasks, chat=chat, group_size=1, seed=0, step=0, temperature=0.0, limits=limits)
+        correct[name] = np.array([trajectory.correct for trajectory in done], dtype=float)
+    difference = correct["rl"] - correct["distilled"]
+    return {
+        "tasks": len(tasks),
+        "rl": float(correct["rl"].mean()),
+        "always_think": float(correct["distilled"].mean()),
+        "difference": float(difference.mean()),
+        "difference_se": float(difference.std(ddof=1) / len(tasks) ** 0.5),
+    }
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The models of one run as a Markdown table."""
     lines = [
@@ -121,7 +159,8 @@ def main() -> None:
             cost_file.write_text(json.dumps(run_once(folder, seed, options)), encoding="utf-8")
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         cost = json.loads(cost_file.read_text(encoding="utf-8"))
-        runs[str(seed)] = {**cost, **claims(results), "models": results["models"]}
+        hard = hard_accuracy(folder)
+        runs[str(seed)] = {**cost, **claims(results), "hard_many": hard, "models": results["models"]}
         if seed == args.seeds[0]:
             print(markdown(results))
             plot(folder, results, Path("docs/images/default_run.png"))
@@ -136,6 +175,11 @@ def main() -> None:
             f"{100 * v['tokens_saved']:11.0f} %",
         )
         print(f"{seed:>4}  {'  '.join(cells)}")
+    print("\nhard tasks again, the same ones for both models: RL, always-think, difference +- standard error")
+    for seed, v in runs.items():
+        m = v["hard_many"]
+        numbers = f"{m['rl']:.3f}  {m['always_think']:.3f}  {m['difference']:+.3f} +- {m['difference_se']:.3f}"
+        print(f"{seed:>4}  {numbers}  ({m['tasks']} tasks)")
     print(f"written: {write_results('default_run', {'options': options, 'runs': runs})}, docs/images/default_run.png")
 
 
