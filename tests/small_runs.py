@@ -84,9 +84,9 @@ def ctrl_c_at(stage: str, step: int, times: int = 1) -> Iterator[None]:
     start, update = Progress.start, Progress.update
     current, sent = [""], [0]
 
-    def watched_start(self, name, total, done=0):
+    def watched_start(self, name, total, done=0, **options):
         current[0] = name
-        start(self, name, total, done)
+        start(self, name, total, done, **options)
 
     def watched_update(self, done, figures=None):
         update(self, done, figures)

@@ -337,14 +337,19 @@ def test_limits_are_checked():
 
 
 def test_think_tokens_of_markers_that_span_tokens():
-    from autotool_fast.rollout.driver import _ThinkCounter
+    from autotool_fast.rollout.driver import _ThinkFinder
 
     class Letters:
         def decode(self, ids):
             return "".join(map(chr, ids))
 
-    count = _ThinkCounter(Letters())
-    assert count([ord(c) for c in "[think]<think>abcd</think>x"]) == 4
-    assert count([ord(c) for c in "[think]<think>abcd"]) == 4
-    assert count([ord(c) for c in "[think]<think></think>"]) == 0
-    assert count([ord(c) for c in "[no_think] abc"]) == 0
+    find = _ThinkFinder(Letters())
+
+    def thinking(text: str) -> str:
+        start, end = find([ord(c) for c in text])
+        return text[start:end]
+
+    assert thinking("[think]<think>abcd</think>x") == "abcd"
+    assert thinking("[think]<think>abcd") == "abcd"
+    assert thinking("[think]<think></think>") == ""
+    assert thinking("[no_think] abc") == ""
