@@ -13,6 +13,7 @@ from autotool_fast.config import parse_args
 from autotool_fast.metrics import MetricsWriter
 from autotool_fast.plan import check
 from benchmarks import collapse, provenance
+from benchmarks.default_run import claims
 
 
 def test_smoothing_is_a_trailing_mean_over_the_known_values():
@@ -133,3 +134,28 @@ def test_the_plot_draws_runs_with_gaps(tmp_path):
     path = tmp_path / "images" / "collapse.png"
     collapse.plot({"none/0": figures, "decoupled/0": figures}, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_claims_of_a_default_run_are_read_from_its_results():
+    def auto(tokens, hard, think_hard):
+        bands = {"easy": {"accuracy": 1.0, "think_rate": 0.02}, "hard": {"accuracy": hard, "think_rate": think_hard}}
+        return {"overall": {"tokens": tokens}, "bands": bands}
+
+    def cells(accuracy):
+        rows = [("hop", 1, 0.9), ("hop", 2, accuracy), ("hop", 3, accuracy + 0.2), ("reg", 2, 0.5)]
+        return {"cells": [{"family": f, "difficulty": k, "accuracy": a} for f, k, a in rows]}
+
+    found = claims(
+        {
+            "models": {
+                "base": {"no_think": cells(0.1), "think": cells(0.8)},
+                "distilled": {"auto": auto(40.0, 0.7, 1.0)},
+                "rl": {"auto": auto(18.0, 0.75, 0.9)},
+            }
+        }
+    )
+    assert found["hop_no_think"] == pytest.approx(0.2)
+    assert found["hop_think"] == pytest.approx(0.9)
+    assert (found["think_hard"], found["think_easy"]) == (0.9, 0.02)
+    assert (found["acc_hard"], found["acc_hard_always_think"]) == (0.75, 0.7)
+    assert found["tokens_saved"] == pytest.approx(0.55)
