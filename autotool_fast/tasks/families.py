@@ -109,7 +109,7 @@ FAMILIES: dict[str, Family] = {
         Family("reg", _draw_reg, tuple(range(1, 7)), lambda s: ("submit",), lambda s: s, joins=0.25),
         Family("cups", _draw_cups, tuple(range(1, 7)), lambda s: ("pick",), lambda s: s, joins=0.25),
         Family(
-            "chain", _draw_chain, tuple(range(1, 4)), lambda s: ("read", "submit"), lambda s: s["cells"], joins=0.2
+            "chain", _draw_chain, tuple(range(1, 4)), lambda s: ("read", "submit"), lambda s: s["cells"], joins=0.25
         ),
     )
 }
