@@ -178,6 +178,21 @@ def test_sampler_and_trainer_agree_and_the_gap_is_logged(make):
         assert metrics["ratio/max"] == pytest.approx(1.0, abs=1e-5)
 
 
+def test_sampler_and_trainer_compute_the_same_number(make):
+    """With logits as large as a trained model's only rounding is left: in float64 nothing but storage as float32."""
+    setting = make(dtype=torch.float64)
+    with torch.no_grad():
+        setting.model.get_output_embeddings().weight.mul_(30)
+    setting.write(TASKS, MIXED)
+    trajectories = setting.trainer._sample(TASKS, 0)
+    sampled = torch.from_numpy(np.concatenate([t.source == SOURCE_SAMPLED for t in trajectories]))
+    with torch.no_grad():
+        logp = packed_logp_entropy(setting.model, pack([t.ids for t in trajectories]), sampled).logp
+    old = torch.from_numpy(np.concatenate([t.logp for t in trajectories]))[sampled]
+    assert logp.min() < -8  # sharp enough for float32 arithmetic to miss this tolerance
+    assert ((logp - old).abs() <= 2.0**-24 * logp.abs() + 1e-12).all()
+
+
 def test_a_sampler_of_other_weights_shows_in_the_mismatch(make):
     setting = make()
     setting.write(TASKS, MIXED)
