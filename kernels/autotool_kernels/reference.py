@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 VOCAB_TILE = 16384
+STORE_TILE = 128
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # 4 MiB of float32 (a core's cache), 256 MiB
 # Below this e^x is exactly 0 in every dtype; clamping there turns a -inf logit's x * e^x from NaN into 0.
 EXP_FLOOR = -1e4
@@ -31,6 +32,28 @@ class RowStats(NamedTuple):
     entropy: Tensor  # [N]
     row_max: Tensor  # [N] m; kept apart from log_sum because their sum loses digits at large offsets
     log_sum: Tensor  # [N] log s
+
+
+class Head(NamedTuple):
+    """How products become logits: b = logit_scale (x W' + bias), c = softcap tanh(b / softcap), z = c / T."""
+
+    bias: Tensor | None = None  # [V], dtype of weight
+    temperature: float = 1.0
+    row_temperature: Tensor | None = None  # [N], replaces temperature
+    logit_scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    ignore_index: int = -100
+
+
+class Store(NamedTuple):
+    """Logits kept for the backward: row r is the r-th live row of the batch (target is not ignore_index).
+
+    Low-precision inputs keep bfloat16 differences to the maximum of each STORE_TILE columns: the rounding is
+    relative to a difference that is small wherever the probability is not. Others keep z as computed.
+    """
+
+    logits: Tensor  # [S, V] bfloat16 z - tile_max, or z in the compute dtype
+    tile_max: Tensor  # [S, ceil(V / STORE_TILE)] float32, or [S, 0]
 
 
 class _Rows(NamedTuple):
@@ -53,6 +76,22 @@ def host_may_look(tensor: Tensor) -> bool:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything else is computed and returned in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def store_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits of inputs of this dtype are stored in."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+def stored_rows(n: int, v: int, dtype: torch.dtype, store_bytes: int) -> int:
+    """How many of n rows of v logits fit into `store_bytes`; n may be symbolic."""
+    row = v * store_dtype(dtype).itemsize + 4 * store_tiles(v, dtype)
+    return torch.sym_min(n, store_bytes // row) if store_bytes else 0
+
+
+def store_tiles(v: int, dtype: torch.dtype) -> int:
+    """Columns of `Store.tile_max`."""
+    return -(-v // STORE_TILE) if dtype in (torch.bfloat16, torch.float16) else 0
 
 
 def linear_forward(
