@@ -1,67 +1,277 @@
-"""Compiles every Triton kernel of the package to machine code, without a GPU; prints one line per kernel.
+"""Machine code of every Triton kernel of the package, as the launchers launch it, without a GPU.
 
-Run as a script by test_kernels_compile.py, in a process of its own: kernels that were imported under Triton's
-interpreter cannot be compiled.
+    python tests/kernels_offline.py --table [--only linear] [--arch 90] [--workers 2]
+
+Runs the package's host code on meta tensors for representative sizes and for every shipped configuration, compiles
+each distinct launch once per architecture, and reads registers, spills, shared memory and matrix instructions. The
+results are kept under .pytest_cache by the hash of everything that decides them. test_kernels_offline.py runs this
+file in a process of its own, because kernels imported under Triton's interpreter cannot be compiled.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import multiprocessing
+import os
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import triton
-from autotool_kernels import triton_linear, triton_logits, triton_policy, triton_sample
-from triton.backends.compiler import GPUTarget
-
-SCALARS = {
-    "temperature": "fp32", "clip_low": "fp32", "clip_high": "fp32", "constant": "fp32", "target": "*i64",
-    "target_short": "fp32", "target_long": "fp32", "beta_short": "fp32", "beta_long": "fp32",
-    "ignore_index": "i32", "N": "i32", "V": "i32", "H": "i32", "B": "i32", "first_column": "i32",
-}  # fmt: skip
-POINTERS = {
-    "hidden": "*bf16", "weight": "*bf16", "logits": "*bf16", "out": "*bf16", "seed": "*i64", "offset": "*i64",
-    "token_out": "*i64", "cu_seqlens": "*i32", "mask": "*i1", "is_short": "*i8", "counts": "*fp64",
-    "count_out": "*fp64", "partials": "*fp64",
-}  # fmt: skip
-FLAGS = {"HAS_ROW_T": True, "HAS_G": True, "HAS_H": True, "UPCAST": False, "TOKENS": True, "SEQUENCES": True}
-LINEAR = {
-    "BLOCK_N": triton_linear.BLOCK_N,
-    "BLOCK_V": triton_linear.BLOCK_V,
-    "BLOCK_H": triton_linear.BLOCK_H,
-}
-SIZES = {"SPLITS": 149, "SPLIT_TILES": triton_linear.SPLIT_TILES, "BLOCK_B": triton_policy.BLOCK_B, **LINEAR}
-# (kernel, its own constants, warps): the settings the launchers use at a vocabulary of 152064.
-KERNELS = (
-    (triton_logits._forward, {"BLOCK": triton_logits.MAX_BLOCK}, 8),
-    (triton_logits._backward, {"BLOCK": triton_logits.MAX_BLOCK}, 8),
-    (triton_linear._forward, {}, 4),
-    (triton_linear._merge, {"BLOCK": triton_linear.MERGE_ROWS}, 4),
-    (triton_linear._dlogits, {}, 4),
-    (triton_policy._gate, {"BLOCK": triton_policy.BLOCK, "HAS_GATE_TENSOR": True}, 4),
-    (triton_policy._gradients, {"BLOCK": triton_policy.BLOCK}, 4),
-    (triton_policy._finish, {"HAS_GATE_TENSOR": False}, 4),
-    (triton_sample._sample, {"BLOCK": triton_sample.MAX_BLOCK}, 4),
-)
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "d" / "machine_code"
+MAIN, SECONDARY = (80, 90, 100), (86, 120)  # sm_89 has the instructions and the shared memory of sm_86
+HEADS = {"7b": (3584, 152064), "0.5b": (896, 151936)}
 
 
-def compile_kernel(kernel, constants: dict, warps: int, capability: int):
-    signature, constexprs = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name.isupper() and len(name) > 1:
-            signature[name] = "constexpr"
-            constexprs[(index,)] = constants.get(name, FLAGS.get(name, SIZES.get(name)))
-        elif name in SCALARS:
-            signature[name] = SCALARS[name]
-        elif "stride" in name:
-            signature[name] = "i32"
-        else:
-            signature[name] = POINTERS.get(name, "*fp32")
-    source = triton.compiler.ASTSource(kernel, signature, constexprs)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+class Problem(NamedTuple):
+    """Host code to run on meta tensors, and the architectures for which its launches must compile."""
+
+    name: str
+    run: Callable[[], Any]
+    architectures: tuple[int, ...] = MAIN
+
+
+def linear(h: int, v: int, n: int, dtype: str, store_rows: int = 0, **head) -> Callable[[], None]:
+    """Forward and backward of the linear op: a recomputed backward, or one that also reads stored logits."""
+
+    def run():
+        import torch
+        from autotool_kernels import reference, triton_linear
+
+        def new(*shape, kind=dtype):
+            return torch.empty(shape, dtype=getattr(torch, kind), device="meta")
+
+        hidden, weight, target = new(n, h), new(v, h), new(n, kind="int64")
+        tensors = {"bias": (v,), "row_temperature": (n,)}
+        settings = {k: new(*tensors[k], kind=s) if k in tensors else s for k, s in head.items()}
+        options = reference.Head(**settings)
+        stats, store = triton_linear.linear_forward(hidden, weight, target, options, store_rows * v * 3)
+        grads = new(n, kind="float32"), new(n, kind="float32")
+        triton_linear.linear_backward(
+            *grads, hidden, weight, target, stats, store, options, need_bias=options.bias is not None
+        )
+
+    return run
+
+
+def logits(n: int, v: int, dtype: str, stride: int = 1, inplace: bool = False) -> Callable[[], None]:
+    def run():
+        import torch
+        from autotool_kernels import triton_logits
+
+        x = torch.empty((n, v * stride), dtype=getattr(torch, dtype), device="meta")[:, ::stride]
+        target = torch.empty(n, dtype=torch.int64, device="meta")
+        stats = triton_logits.logits_forward(x, target, 1.0, None, -100)
+        g, h = torch.empty((2, n), device="meta")
+        arguments = (g, h, x, target, stats, 1.0, None, -100)
+        triton_logits.logits_backward(*arguments, **({"out": x} if inplace else {}))
+
+    return run
+
+
+def sample(rows: int, v: int, dtype: str) -> Callable[[], None]:
+    def run():
+        import torch
+        from autotool_kernels import triton_sample
+
+        x = torch.empty((rows, v), dtype=getattr(torch, dtype), device="meta")
+        seed, offset = torch.empty((2, rows), dtype=torch.int64, device="meta")
+        triton_sample.sample_forward(x, 1.0, None, seed, offset)
+
+    return run
+
+
+def policy(tokens: int, sequences: int, gate_tensor: bool = False, normalize: int = 0) -> Callable[[], None]:
+    def run():
+        import torch
+        from autotool_kernels import triton_policy
+
+        logp, old, entropy = (torch.empty(tokens, device="meta") for _ in range(3))
+        advantages = torch.empty(sequences, device="meta")
+        cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+        mask = torch.empty(tokens, dtype=torch.bool, device="meta")
+        is_short = torch.empty(sequences, dtype=torch.int8, device="meta")
+        gate = torch.empty(4, device="meta") if gate_tensor else None
+        triton_policy.policy_forward(
+            logp, old, entropy, advantages, cu_seqlens, mask, is_short, [0.1, 0.2, 0.0, 0.01], gate, 0.2, 0.28,
+            normalize, 1.0,
+        )  # fmt: skip
+
+    return run
+
+
+def problems() -> list[Problem]:
+    """Sizes whose launches differ, then every entry of tuned/*.json on its architecture."""
+    out = []
+    for head, (h, v) in HEADS.items():
+        for n in (256, 8192, 65536):
+            every = MAIN + SECONDARY if n == 8192 else MAIN
+            out.append(Problem(f"linear {head} N{n} bf16", linear(h, v, n, "bfloat16"), every))
+    h, v = HEADS["0.5b"]
+    options = {"bias": "bfloat16", "logit_scale": 0.5, "softcap": 30.0, "row_temperature": "float32"}
+    out += [
+        Problem("linear 7b N8192 fp16", linear(*HEADS["7b"], 8192, "float16")),
+        Problem("linear 0.5b N8192 fp32", linear(h, v, 8192, "float32")),
+        Problem("linear 0.5b N8192 bf16 all options", linear(h, v, 8192, "bfloat16", **options)),
+        Problem("linear 0.5b N8192 bf16 half stored", linear(h, v, 8192, "bfloat16", store_rows=4096)),
+        Problem("linear H897 N8192 bf16", linear(897, v, 8192, "bfloat16")),  # rows TMA cannot address
+        Problem("logits N8192 bf16", logits(8192, v, "bfloat16")),
+        Problem("logits N4 bf16", logits(4, v, "bfloat16")),
+        Problem("logits N8192 fp32 in place", logits(8192, v, "float32", inplace=True)),
+        Problem("logits N8192 bf16 strided", logits(8192, v, "bfloat16", stride=3), (90,)),
+        Problem("sample B4 bf16", sample(4, v, "bfloat16")),
+        Problem("sample B256 fp32", sample(256, v, "float32")),
+        Problem("policy T65536 B512", policy(65536, 512)),
+        Problem("policy T512 B4 gate tensor", policy(512, 4, gate_tensor=True, normalize=1), (90,)),
+    ]
+    return out + tuned_problems()
+
+
+def tuned_problems() -> list[Problem]:
+    folder = Path(__file__).parents[1] / "kernels" / "autotool_kernels" / "tuned"
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text())
+        capability = int(data["architecture"].removeprefix("sm_"))
+        for entry in data["entries"]:
+            size = tuple(entry[k] for k in ("hidden", "vocab", "tokens", "dtype"))
+            found[capability, size] = Problem(
+                "linear tuned H{} V{} N{} {}".format(*size), linear(*size), (capability,)
+            )
+    return list(found.values())
+
+
+def cases(chosen: list[Problem], architectures: set[int] | None = None) -> list[dict]:
+    """One record per distinct launch (no figures yet); one with an error per problem whose host code fails."""
+    from autotool_kernels import machine_code
+
+    found: dict[str, dict] = {}
+    for problem in chosen:
+        for capability in problem.architectures:
+            if architectures and capability not in architectures:
+                continue
+            try:
+                with machine_code.recording(capability) as launches:
+                    problem.run()
+            except Exception as error:  # one broken launcher must not hide the other kernels' figures
+                key = f"{problem.name} {capability}"
+                found[key] = {
+                    "kernel": "host code", "architecture": capability, "configuration": "", "key": key,
+                    "problems": [problem.name], "error": f"{one_line(error)} at {innermost(error)}",
+                }  # fmt: skip
+                continue
+            for launch in launches:
+                case = found.setdefault(
+                    launch.key,
+                    {
+                        "kernel": launch.name, "architecture": capability, "configuration": launch.configuration,
+                        "key": launch.key, "problems": [], "launch": launch,
+                    },
+                )  # fmt: skip
+                if problem.name not in case["problems"]:
+                    case["problems"].append(problem.name)
+    return list(found.values())
+
+
+def measure(case: dict) -> dict:
+    """Figures of one case, or the compiler's error, from the cache or by compilation."""
+    from autotool_kernels import machine_code
+
+    if "error" in case:
+        return case
+    path = CACHE / f"{case['key']}.json"
+    if path.exists():
+        return case | {"figures": json.loads(path.read_text())}
+    try:
+        found = machine_code.figures(case["launch"]).as_dict()
+    except Exception as error:  # ptxas, LLVM and Triton raise what they like; the case reports it
+        return case | {"error": one_line(error)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(found))
+    part.replace(path)
+    return case | {"figures": found}
+
+
+_WORK: list[dict] = []  # what the forked workers compile: launches hold functions that cannot be pickled
+
+
+def _measure_index(index: int) -> tuple[int, dict]:
+    done = measure(_WORK[index])
+    return index, {k: x for k, x in done.items() if k != "launch"}
+
+
+def measure_all(work: list[dict], workers: int) -> Iterator[dict]:
+    """Each case with figures or an error and what is wrong, in order of completion."""
+    from autotool_kernels import machine_code
+
+    _WORK[:] = work
+    with tempfile.TemporaryDirectory() as folder:
+        # Triton's own cache is left alone: the figures are what is kept.
+        os.environ["TRITON_CACHE_DIR"] = folder
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            for _, case in pool.imap_unordered(_measure_index, range(len(work))):
+                if "figures" in case:
+                    found = machine_code.Figures(**case["figures"])
+                    case["wrong"] = machine_code.shortcomings(found, case["architecture"])
+                else:
+                    case["wrong"] = [case["error"]]
+                yield case
+
+
+def one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+
+
+def innermost(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def table(done: list[dict]) -> str:
+    header = ("kernel", "arch", "regs", "spill B", "shared", "threads", "instructions", "configuration", "first of")
+    rows = [header]
+    for case in sorted(done, key=lambda c: (c["kernel"], c["architecture"], c["configuration"])):
+        f = case.get("figures")
+        label = f"{case['problems'][0]} (+{len(case['problems']) - 1})" if case["problems"][1:] else case["problems"][0]
+        numbers = ("-",) * 4
+        shown = "; ".join(case["wrong"])
+        if f:
+            numbers = (f["registers"], f["local_bytes"], f["shared"], f["threads"])
+            shown = " ".join(f"{k}:{n}" for k, n in f["instructions"].items() if k not in ("BAR", "FFMA", "LDG", "STG"))
+            shown += f" !! {'; '.join(case['wrong'])}" if case["wrong"] else ""
+        place = (case["kernel"], f"sm_{case['architecture']}")
+        rows.append((*place, *map(str, numbers), shown, case["configuration"], label))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="print a table (default: JSON)")
+    parser.add_argument("--list", action="store_true", help="list the cases without compiling")
+    parser.add_argument("--only", default="", help="problems or kernels whose name contains this")
+    parser.add_argument("--arch", type=int, nargs="+", help="architectures, for example 80 90")
+    parser.add_argument("--workers", type=int, default=2, help="compiler processes")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("kernels imported under TRITON_INTERPRET cannot be compiled")
+    found = cases(problems(), set(args.arch or ()))
+    found = [c for c in found if args.only in f"{c['kernel']} {' '.join(c['problems'])}"]
+    if args.list:
+        done = [{k: x for k, x in case.items() if k != "launch"} | {"wrong": []} for case in found]
+    else:
+        done = list(measure_all(found, args.workers))
+    if args.table:
+        print(table(done))
+    else:
+        json.dump(done, sys.stdout)
+    return int(any(case["wrong"] for case in done))
 
 
 if __name__ == "__main__":
-    for kernel, constants, warps in KERNELS:
-        for capability in map(int, sys.argv[1:] or ("80", "90")):
-            compiled = compile_kernel(kernel, constants, warps, capability)
-            name = f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
-            print(f"{name} sm_{capability} {len(compiled.asm['cubin'])} bytes")
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Machine code of the Triton kernels without a GPU: what the launchers launch, compiled and measured.
+
+`recording` runs the ordinary host code on tensors of device "meta" and notes each launch with the signature, the
+specialisation and the options that Triton's own launch path derives, so there is no second description of a kernel
+that could drift. A launcher that would stop the host (`.item()`) fails here too. `figures` compiles a launch to a
+cubin and reads it with the disassembler of the Triton wheel; `shortcomings` says what is wrong with it. How fast a
+kernel runs is not visible here.
+
+Kernels must not be imported under Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+# Largest shared memory of one block in bytes, by compute capability (CUDA C++ Programming Guide, "Compute
+# Capabilities", maximum per multiprocessor less the 1 KiB that CUDA keeps per block).
+SHARED_LIMIT = {
+    80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024,
+    90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024,
+}  # fmt: skip
+# Multiprocessors of a card of that capability (A100, A10, L4, H200, B200, RTX 5090): sizes of persistent grids.
+MULTIPROCESSORS = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170}
+TENSOR_MEMORY_COLUMNS = 512
+# Tensor-core instructions in SASS: warp-level mma, warpgroup wgmma, tcgen05.mma.
+MATRIX = {"mma": re.compile(r"[HQI]MMA|OMMA"), "wgmma": re.compile(r"[HQI]GMMA"), "tcgen05": re.compile(r"UTC\w*MMA")}
+LOCAL = re.compile(r"STL|LDL")
+TMA = re.compile(r"UTMA(LDG|STG|REDG)")
+# Shown beside the figures: what feeds the tensor cores and how.
+NOTED = re.compile(r"[HQIO]MMA|[HQI]GMMA|UTC\w*MMA|UTMA\w+|LDGSTS|USETMAXREG|STL|LDL|LDG|STG|MUFU|BAR|RED|ATOM\w*|FFMA")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+class Launch(NamedTuple):
+    """One kernel launch, as Triton specialises it."""
+
+    kernel: JITFunction
+    capability: int  # 10 * major + minor
+    signature: dict[str, Any]  # argument name -> "*bf16", "i32", "constexpr", "tensordesc<...>"
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: Any
+
+    @property
+    def name(self) -> str:
+        return kernel_name(self.kernel)
+
+    @property
+    def configuration(self) -> str:
+        """Block sizes, flags that are set, warps and stages, for a reader."""
+        names, parts = list(self.signature), []
+        for path, value in self.constants.items():
+            name = names[path[0]]
+            # Lower-case names are arguments that specialisation made constant (an integer 1), not settings.
+            if len(path) == 1 and name.isupper() and value is not False and value is not None:
+                parts.append(name if value is True else f"{name}={value}")
+        types = {kind for value in self.signature.values() if (kind := _input_kind(str(value)))}
+        return " ".join([*sorted(types), *parts, f"warps={self.options.num_warps} stages={self.options.num_stages}"])
+
+    @property
+    def key(self) -> str:
+        """Hash of all that decides the machine code: source with callees, types, constants, options, Triton."""
+        options = {k: str(v) for k, v in vars(self.options).items() if k != "extern_libs"}
+        parts = (
+            triton.__version__, self.kernel.cache_key, self.capability, self.signature,
+            [(k, getattr(v, "cache_key", v)) for k, v in self.constants.items()], self.attributes, options,
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the machine code of one launch needs and holds."""
+
+    registers: int  # per thread, at launch
+    local_bytes: int  # per thread: spills and indexed local arrays
+    shared: int  # bytes per block
+    threads: int  # per block
+    tensor_memory: int  # columns, sm_100
+    low_precision_dot: bool  # the source multiplies 16-bit or tf32 matrices
+    descriptors: bool  # the source reads or writes through tensor descriptors
+    instructions: dict[str, int] = field(default_factory=dict)
+
+    def count(self, pattern: re.Pattern) -> int:
+        """Number of instructions whose opcode begins with `pattern`."""
+        return sum(n for opcode, n in self.instructions.items() if pattern.match(opcode))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def recording(capability: int) -> Iterator[list[Launch]]:
+    """Collects the launches made inside the block, as on a card of `capability`, instead of running them.
+
+    Pass tensors of device "meta"; their data pointers are their offsets, so specialisation sees the alignment that
+    real allocations (at least 512 bytes) give. Raises ValueError for a capability without known limits.
+    """
+    if capability not in SHARED_LIMIT:
+        raise ValueError(f"capability must be one of {sorted(SHARED_LIMIT)}: got {capability}")
+    launches: list[Launch] = []
+
+    def note(kernel, key, signature, device, constants, options, attributes, warmup):
+        launches.append(Launch(kernel, capability, dict(signature), dict(constants), dict(attributes), options))
+
+    properties = SimpleNamespace(
+        major=capability // 10,
+        minor=capability % 10,
+        multi_processor_count=MULTIPROCESSORS.get(capability, 132),
+        shared_memory_per_block_optin=SHARED_LIMIT[capability],
+        name=f"sm_{capability}",
+        total_memory=80 << 30,
+    )
+    target = GPUTarget("cuda", capability, 32)
+    device = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: capability,  # Triton keeps one argument binder per device
+        get_current_stream=lambda device: 0,
+    )
+    with (
+        mock.patch.object(driver, "_active", device),
+        mock.patch.object(JITFunction, "_do_compile", note),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
+    ):
+        yield launches
+
+
+def compile_launch(launch: Launch):
+    """Triton's compiled kernel of a launch; compiler errors pass through."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    target = GPUTarget("cuda", launch.capability, 32)
+    return triton.compile(source, target=target, options=dict(vars(launch.options)))
+
+
+def figures(launch: Launch) -> Figures:
+    """Compiles a launch and reads its machine code."""
+    compiled = compile_launch(launch)
+    ttir, metadata = compiled.asm["ttir"], compiled.metadata
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        registers, stack, _, local = map(int, _RESOURCES.search(_cuobjdump("--dump-resource-usage", cubin)).groups())
+        opcodes = Counter(_INSTRUCTION.findall(_cuobjdump("-sass", cubin)))
+    if not opcodes:
+        raise RuntimeError(f"{launch.name}: the disassembler printed no instructions")
+    return Figures(
+        registers=registers,
+        local_bytes=max(stack, local),
+        shared=metadata.shared,
+        threads=metadata.num_warps * 32,
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+        low_precision_dot=any(
+            "inputPrecision = tf32" in line or re.search(r"x(bf16|f16|f8\w+)", line)
+            for line in ttir.splitlines() if "tt.dot" in line
+        ),
+        descriptors="tt.descriptor_" in ttir,
+        instructions={k: n for k, n in sorted(opcodes.items()) if NOTED.match(k)},
+    )  # fmt: skip
+
+
+def shortcomings(figures: Figures, capability: int) -> list[str]:
+    """What must not ship, in words with numbers; empty if nothing."""
+    wrong = []
+    accesses = figures.count(LOCAL)
+    if figures.local_bytes or accesses:
+        wrong.append(f"spills: {figures.local_bytes} bytes per thread in local memory, {accesses} STL/LDL")
+    if figures.shared > SHARED_LIMIT[capability]:
+        wrong.append(f"shared memory: {figures.shared} bytes of {SHARED_LIMIT[capability]}")
+    if figures.tensor_memory > TENSOR_MEMORY_COLUMNS:
+        wrong.append(f"tensor memory: {figures.tensor_memory} columns of {TENSOR_MEMORY_COLUMNS}")
+    if figures.low_precision_dot:
+        kind = matrix_kind(capability)
+        if not figures.count(MATRIX[kind]):
+            found = [k for k, pattern in MATRIX.items() if figures.count(pattern)]
+            wrong.append(f"matrix products: no {kind} instruction, but {', '.join(found) or 'none of any kind'}")
+    if figures.descriptors and capability >= 90 and not figures.count(TMA):
+        wrong.append("tensor descriptors: no TMA instruction")
+    return wrong
+
+
+def matrix_kind(capability: int) -> str:
+    """The tensor-core instruction a product must use: "mma", "wgmma" or "tcgen05"."""
+    return {9: "wgmma", 10: "tcgen05"}.get(capability // 10, "mma")
+
+
+def kernel_name(kernel: JITFunction) -> str:
+    return f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
+
+
+def _input_kind(kind: str) -> str | None:
+    """Label of 16-bit and descriptor arguments: "bf16", "tma-bf16"."""
+    found = re.match(r"(\*|tensordesc<)(bf16|fp16|fp32)", kind)
+    if not found or kind == "*fp32":
+        return None
+    return found.group(2) if found.group(1) == "*" else f"tma-{found.group(2)}"
+
+
+def _cuobjdump(flag: str, cubin: Path) -> str:
+    tool = Path(triton.knobs.nvidia.cuobjdump.path)
+    folders = f"{Path(triton.knobs.nvidia.nvdisasm.path).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run([tool, flag, cubin], capture_output=True, text=True, env={**os.environ, "PATH": folders})
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump {flag}: {done.stderr.strip()}")
+    return done.stdout
