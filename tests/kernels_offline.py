@@ -1,6 +1,6 @@
 """Machine code of every Triton kernel of the package, as the launchers launch it, without a GPU.
 
-    python tests/kernels_offline.py --table [--only linear] [--arch 90] [--workers 2]
+    python tests/kernels_offline.py --table [--only forward] [--arch 90] [--workers 2]
 
 Runs the package's host code on meta tensors for representative sizes and for every shipped configuration, compiles
 each distinct launch once per architecture, and reads registers, spills, shared memory and matrix instructions. The
@@ -11,9 +11,12 @@ file in a process of its own, because kernels imported under Triton's interprete
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import sys
 import tempfile
 import traceback
@@ -176,6 +179,28 @@ def cases(chosen: list[Problem], architectures: set[int] | None = None) -> list[
     return list(found.values())
 
 
+def unlaunched(modules: list[str], found: list[dict]) -> list[str]:
+    """Kernels of the modules that no problem launched; helpers that kernels call are not launched by design."""
+    from autotool_kernels import machine_code
+    from triton.runtime.jit import JITFunction
+
+    kernels = {
+        id(x): x for name in modules for x in vars(importlib.import_module(name)).values() if isinstance(x, JITFunction)
+    }.values()
+    called = {
+        node.id for kernel in kernels for node in ast.walk(kernel.parse()) if isinstance(node, ast.Name)
+    }  # a kernel's own name is not a Name node of its source
+    names = {machine_code.kernel_name(k) for k in kernels if k.fn.__name__ not in called and k.fn.__module__ in modules}
+    return sorted(names - {case["kernel"] for case in found})
+
+
+def package_modules() -> list[str]:
+    import autotool_kernels
+
+    names = [m.name for m in pkgutil.iter_modules(autotool_kernels.__path__) if m.name.startswith("triton_")]
+    return [f"autotool_kernels.{name}" for name in names]
+
+
 def measure(case: dict) -> dict:
     """Figures of one case, or the compiler's error, from the cache or by compilation."""
     from autotool_kernels import machine_code
@@ -256,11 +281,19 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the cases without compiling")
     parser.add_argument("--only", default="", help="problems or kernels whose name contains this")
     parser.add_argument("--arch", type=int, nargs="+", help="architectures, for example 80 90")
+    parser.add_argument("--faulty", action="store_true", help="the kernels that must fail, from kernels_faulty.py")
     parser.add_argument("--workers", type=int, default=2, help="compiler processes")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("kernels imported under TRITON_INTERPRET cannot be compiled")
-    found = cases(problems(), set(args.arch or ()))
+    if args.faulty:
+        import kernels_faulty
+
+        chosen, modules = kernels_faulty.problems(), ["kernels_faulty"]
+    else:
+        chosen, modules = problems(), package_modules()
+    found = cases(chosen, set(args.arch or ()))
+    forgotten = [] if args.arch else unlaunched(modules, found)
     found = [c for c in found if args.only in f"{c['kernel']} {' '.join(c['problems'])}"]
     if args.list:
         done = [{k: x for k, x in case.items() if k != "launch"} | {"wrong": []} for case in found]
@@ -268,9 +301,10 @@ def main() -> int:
         done = list(measure_all(found, args.workers))
     if args.table:
         print(table(done))
+        print(*(f"{name}: launched by no problem" for name in forgotten), sep="\n", end="")
     else:
-        json.dump(done, sys.stdout)
-    return int(any(case["wrong"] for case in done))
+        json.dump({"cases": done, "unlaunched": forgotten}, sys.stdout)
+    return int(bool(forgotten) or any(case["wrong"] for case in done))
 
 
 if __name__ == "__main__":

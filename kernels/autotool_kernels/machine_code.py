@@ -1,10 +1,10 @@
 """Machine code of the Triton kernels without a GPU: what the launchers launch, compiled and measured.
 
-`recording` runs the ordinary host code on tensors of device "meta" and notes each launch with the signature, the
-specialisation and the options that Triton's own launch path derives, so there is no second description of a kernel
-that could drift. A launcher that would stop the host (`.item()`) fails here too. `figures` compiles a launch to a
-cubin and reads it with the disassembler of the Triton wheel; `shortcomings` says what is wrong with it. How fast a
-kernel runs is not visible here.
+Inside `recording` the ordinary host code runs on tensors of device "meta", and each launch is noted with the
+signature, the specialisation and the options that Triton's own launch path derives: there is no second description
+of a kernel that could drift. A launcher that would stop the host (`.item()`) fails here too. `figures` compiles a
+launch to a cubin and reads it with the disassembler of the Triton wheel; `shortcomings` says what is wrong with it.
+How fast a kernel runs is not visible here.
 
 Kernels must not be imported under Triton's interpreter (TRITON_INTERPRET=1).
 """
@@ -47,6 +47,7 @@ LOCAL = re.compile(r"STL|LDL")
 TMA = re.compile(r"UTMA(LDG|STG|REDG)")
 # Shown beside the figures: what feeds the tensor cores and how.
 NOTED = re.compile(r"[HQIO]MMA|[HQI]GMMA|UTC\w*MMA|UTMA\w+|LDGSTS|USETMAXREG|STL|LDL|LDG|STG|MUFU|BAR|RED|ATOM\w*|FFMA")
+_OWN_SOURCE = Path(__file__).read_text()  # figures read by other rules are other figures
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -74,15 +75,22 @@ class Launch(NamedTuple):
             # Lower-case names are arguments that specialisation made constant (an integer 1), not settings.
             if len(path) == 1 and name.isupper() and value is not False and value is not None:
                 parts.append(name if value is True else f"{name}={value}")
-        types = {kind for value in self.signature.values() if (kind := _input_kind(str(value)))}
+        types = self.element_types
+        if any(str(kind).startswith("tensordesc") for kind in self.signature.values()):
+            types = types | {"tma"}
         return " ".join([*sorted(types), *parts, f"warps={self.options.num_warps} stages={self.options.num_stages}"])
+
+    @property
+    def element_types(self) -> set[str]:
+        """Floating-point element types behind the pointers and descriptors: "bf16", "fp16", "fp32"."""
+        return {t for kind in self.signature.values() for t in re.findall(r"^(?:\*k?|tensordesc<)([bf]\w+)", str(kind))}
 
     @property
     def key(self) -> str:
         """Hash of all that decides the machine code: source with callees, types, constants, options, Triton."""
         options = {k: str(v) for k, v in vars(self.options).items() if k != "extern_libs"}
         parts = (
-            triton.__version__, self.kernel.cache_key, self.capability, self.signature,
+            _OWN_SOURCE, triton.__version__, self.kernel.cache_key, self.capability, self.signature,
             [(k, getattr(v, "cache_key", v)) for k, v in self.constants.items()], self.attributes, options,
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
@@ -97,7 +105,7 @@ class Figures:
     shared: int  # bytes per block
     threads: int  # per block
     tensor_memory: int  # columns, sm_100
-    low_precision_dot: bool  # the source multiplies 16-bit or tf32 matrices
+    tensor_cores: bool  # the source multiplies matrices, and its inputs (16-bit) or its precision (tf32) allow them
     descriptors: bool  # the source reads or writes through tensor descriptors
     instructions: dict[str, int] = field(default_factory=dict)
 
@@ -123,10 +131,11 @@ def recording(capability: int) -> Iterator[list[Launch]]:
     def note(kernel, key, signature, device, constants, options, attributes, warmup):
         launches.append(Launch(kernel, capability, dict(signature), dict(constants), dict(attributes), options))
 
+    processors = MULTIPROCESSORS.get(capability, MULTIPROCESSORS[90])
     properties = SimpleNamespace(
         major=capability // 10,
         minor=capability % 10,
-        multi_processor_count=MULTIPROCESSORS.get(capability, 132),
+        multi_processor_count=processors,
         shared_memory_per_block_optin=SHARED_LIMIT[capability],
         name=f"sm_{capability}",
         total_memory=80 << 30,
@@ -170,13 +179,10 @@ def figures(launch: Launch) -> Figures:
         shared=metadata.shared,
         threads=metadata.num_warps * 32,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
-        low_precision_dot=any(
-            "inputPrecision = tf32" in line or re.search(r"x(bf16|f16|f8\w+)", line)
-            for line in ttir.splitlines() if "tt.dot" in line
-        ),
+        tensor_cores="tt.dot" in ttir and ("inputPrecision = tf32" in ttir or bool(launch.element_types - {"fp32"})),
         descriptors="tt.descriptor_" in ttir,
         instructions={k: n for k, n in sorted(opcodes.items()) if NOTED.match(k)},
-    )  # fmt: skip
+    )
 
 
 def shortcomings(figures: Figures, capability: int) -> list[str]:
@@ -189,7 +195,7 @@ def shortcomings(figures: Figures, capability: int) -> list[str]:
         wrong.append(f"shared memory: {figures.shared} bytes of {SHARED_LIMIT[capability]}")
     if figures.tensor_memory > TENSOR_MEMORY_COLUMNS:
         wrong.append(f"tensor memory: {figures.tensor_memory} columns of {TENSOR_MEMORY_COLUMNS}")
-    if figures.low_precision_dot:
+    if figures.tensor_cores:
         kind = matrix_kind(capability)
         if not figures.count(MATRIX[kind]):
             found = [k for k, pattern in MATRIX.items() if figures.count(pattern)]
@@ -206,14 +212,6 @@ def matrix_kind(capability: int) -> str:
 
 def kernel_name(kernel: JITFunction) -> str:
     return f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
-
-
-def _input_kind(kind: str) -> str | None:
-    """Label of 16-bit and descriptor arguments: "bf16", "tma-bf16"."""
-    found = re.match(r"(\*|tensordesc<)(bf16|fp16|fp32)", kind)
-    if not found or kind == "*fp32":
-        return None
-    return found.group(2) if found.group(1) == "*" else f"tma-{found.group(2)}"
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:
