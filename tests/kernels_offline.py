@@ -16,7 +16,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import sys
 import tempfile
 import traceback
@@ -24,7 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "d" / "machine_code"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kernels" / "autotool_kernels"
+CACHE = ROOT / ".pytest_cache" / "d" / "machine_code"
 MAIN, SECONDARY = (80, 90, 100), (86, 120)  # sm_89 has the instructions and the shared memory of sm_86
 HEADS = {"7b": (3584, 152064), "0.5b": (896, 151936)}
 
@@ -134,9 +135,8 @@ def problems() -> list[Problem]:
 
 
 def tuned_problems() -> list[Problem]:
-    folder = Path(__file__).parents[1] / "kernels" / "autotool_kernels" / "tuned"
     found = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(PACKAGE.glob("tuned/*.json")):
         data = json.loads(path.read_text())
         capability = int(data["architecture"].removeprefix("sm_"))
         for entry in data["entries"]:
@@ -195,10 +195,12 @@ def unlaunched(modules: list[str], found: list[dict]) -> list[str]:
 
 
 def package_modules() -> list[str]:
-    import autotool_kernels
+    return [f"autotool_kernels.{path.stem}" for path in sorted(PACKAGE.glob("triton_*.py"))]
 
-    names = [m.name for m in pkgutil.iter_modules(autotool_kernels.__path__) if m.name.startswith("triton_")]
-    return [f"autotool_kernels.{name}" for name in names]
+
+def package_sources() -> list[Path]:
+    """Every file that decides what is launched."""
+    return sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("tuned/*.json")])
 
 
 def measure(case: dict) -> dict:
