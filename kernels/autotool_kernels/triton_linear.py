@@ -1,230 +1,345 @@
-"""Triton backend of `linear_logp_entropy`.
+"""Triton backend of `linear_logp_entropy`: what is launched, on which workspace, in which order.
 
-Forward: a program owns a block of rows and one vocabulary split, walks the split tile by tile (a
-float32 accumulator that is never rounded) and leaves (m, s, u) per row; a second kernel merges the
-splits in order. Tile width and number of splits depend on V alone, so a row's result does not depend on
-the other rows. Backward: one kernel recomputes a bounded slab of logits and turns it into dL/dlogits in
-its epilogue; dX and dW are plain matrix products of that slab, in the order of
-`reference.accumulate_gradients`. No atomics: repeats are bitwise equal.
+Forward: rows are compacted and gathered slab by slab, one product kernel leaves statistics per (row, vocabulary tile),
+a merge kernel joins them in an order fixed by V. So a row's result does not depend on the other rows. Backward:
+vocabulary-major. A slab of dL/dlogits is recomputed (or taken from stored logits), gives its slice of dW, written
+once, and its share of dX, summed in float32. Ignored rows, and in the backward rows without gradient, cost nothing.
+Nothing waits for the host, repeats are bitwise equal, and workspaces are bounded by the constants below (dX and the
+gathered rows of the backward have the size of hidden). Tile settings come from `configs`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configs import INTERPRETER, LinearConfig, Tile, select
 from .dispatch import interpreting
-from .reference import RowStats, accumulate_gradients
-from .triton_logits import (
-    dlogits,
-    finish,
-    gradient_arguments,
-    load_gradients,
-    load_temperature,
-    online_update,
-    temperature_arguments,
-)
+from .reference import STORE_TILE, Head, RowStats, Store, store_dtype, store_tiles, stored_rows
+from .triton_gemm import PART_COLUMNS, dlogits_kernel, forward_kernel, product_kernel, stored_dlogits_kernel
+from .triton_logits import gradient_arguments, temperature_arguments
+from .triton_rows import coefficients_kernel, gather_kernel, merge_kernel, order_kernel, scatter_kernel
 
-BLOCK_N, BLOCK_V, BLOCK_H = 64, 128, 32
-MERGE_ROWS = 64
-SPLIT_TILES = 8  # vocabulary tiles walked by one program
-SLAB_COLUMNS = 16384
-
-
-@triton.jit
-def _logits_tile(
-    hidden, weight, rows, columns, N, V, H, stride_n, stride_h, stride_v, stride_wh,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """float32 hidden[rows] @ weight[columns].T, zeros read outside."""
-    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for h0 in range(0, H, BLOCK_H):
-        k = h0 + tl.arange(0, BLOCK_H)
-        x = tl.load(
-            hidden + rows[:, None] * stride_n + k[None, :] * stride_h,
-            mask=(rows[:, None] < N) & (k[None, :] < H), other=0.0,
-        )  # fmt: skip
-        w = tl.load(
-            weight + columns[None, :] * stride_v + k[:, None] * stride_wh,
-            mask=(columns[None, :] < V) & (k[:, None] < H), other=0.0,
-        )  # fmt: skip
-        if UPCAST:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    return acc
+PARTIAL_BYTES = 64 << 20  # forward: statistics of one slab of rows
+DLOGITS_BYTES = 512 << 20  # backward: dL/dlogits of one slab of the vocabulary
+ORDER_BLOCK = 4096
+ROW_BLOCK, HIDDEN_BLOCK = 8, 512
+MERGE_ROWS, MERGE_TILES = 16, 64
+# Gathered rows are zero this far behind the last live one: the largest number of rows a tile may have.
+PAD = 256
+SLAB_STEP = 512
+STORED_ROWS, STORED_COLUMNS = 16, 512
+COEFFICIENT_ROWS = 256
+FLOAT32_PRECISION = "tf32x3"
 
 
-@triton.jit
-def _forward(
-    hidden, weight, target, temperature, temperature_ptr, temperature_stride, label_out, partial,
-    N, V, H, stride_n, stride_h, stride_v, stride_wh, ignore_index,
-    HAS_ROW_T: tl.constexpr, SPLITS: tl.constexpr, SPLIT_TILES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    # Programs of one vocabulary split are neighbours, so that its weights are read from memory once.
-    blocks = tl.cdiv(N, BLOCK_N)
-    split = tl.program_id(0) // blocks
-    rows = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < N
-    y = tl.load(target + rows, mask=inside, other=ignore_index).to(tl.int64)
-    t = load_temperature(temperature, temperature_ptr, rows, inside, temperature_stride, HAS_ROW_T)
-    m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    s = tl.zeros((BLOCK_N,), tl.float32)
-    u = tl.zeros((BLOCK_N,), tl.float32)
-    first = split * SPLIT_TILES * BLOCK_V
-    last = tl.minimum(first + SPLIT_TILES * BLOCK_V, V)
-    last = tl.where(tl.sum((y != ignore_index).to(tl.int32), 0) > 0, last, first)  # a block of ignored rows is free
-    for v0 in range(first, last, BLOCK_V):
-        columns = v0 + tl.arange(0, BLOCK_V).to(tl.int64)
-        z = _logits_tile(
-            hidden, weight, rows, columns, N, V, H, stride_n, stride_h, stride_v, stride_wh,
-            BLOCK_N, BLOCK_V, BLOCK_H, UPCAST,
-        ) / t[:, None]  # fmt: skip
-        owned = columns[None, :] == y[:, None]
-        label = tl.sum(tl.where(owned, z, 0.0), 1)
-        tl.store(label_out + rows, label, mask=inside & (y >= v0) & (y < v0 + BLOCK_V) & (y < V))
-        # A ragged last tile's missing columns carry no probability.
-        m, s, u = online_update(m, s, u, tl.where(columns[None, :] < V, z, float("-inf")))
-    out = partial + split.to(tl.int64) * 3 * N + rows
-    tl.store(out, m, mask=inside)
-    tl.store(out + N, s, mask=inside)
-    tl.store(out + 2 * N, u, mask=inside)
-
-
-@triton.jit
-def _merge(
-    label_ptr, partial, target, logp_out, entropy_out, max_out, log_sum_out, N, V, ignore_index,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < N
-    y = tl.load(target + rows, mask=inside, other=ignore_index).to(tl.int64)
-    live = y != ignore_index
-    m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    s = tl.zeros((BLOCK,), tl.float32)
-    u = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLITS):
-        start = partial + tl.full((), split, tl.int64) * 3 * N + rows
-        part_m = tl.load(start, mask=inside, other=float("-inf"))
-        part_s = tl.load(start + N, mask=inside, other=0.0)
-        part_u = tl.load(start + 2 * N, mask=inside, other=0.0)
-        new_m = tl.maximum(m, part_m)
-        base = tl.where(new_m == float("-inf"), 0.0, new_m)
-        shift = tl.where(m == float("-inf"), 0.0, m - base)
-        scale = tl.where(m == float("-inf"), 0.0, tl.exp(shift))
-        part_shift = tl.where(part_m == float("-inf"), 0.0, part_m - base)
-        part_scale = tl.where(part_m == float("-inf"), 0.0, tl.exp(part_shift))
-        u = (u + s * shift) * scale + (part_u + part_s * part_shift) * part_scale
-        s = s * scale + part_s * part_scale
-        m = new_m
-    label = tl.load(label_ptr + rows, mask=inside & live & (y >= 0) & (y < V), other=float("nan"))
-    logp, entropy, log_s = finish(label, m, s, u)
-    tl.store(logp_out + rows, tl.where(live, logp, 0.0), mask=inside)
-    tl.store(entropy_out + rows, tl.where(live, entropy, 0.0), mask=inside)
-    tl.store(max_out + rows, tl.where(live, m, 0.0), mask=inside)
-    tl.store(log_sum_out + rows, tl.where(live, log_s, 0.0), mask=inside)
-
-
-@triton.jit
-def _dlogits(
-    grad_logp, grad_entropy, stride_g, stride_gh, hidden, weight, target, entropy_ptr, max_ptr, log_sum_ptr,
-    temperature, temperature_ptr, temperature_stride, out,
-    N, V, H, first_column, stride_n, stride_h, stride_v, stride_wh, ignore_index,
-    HAS_G: tl.constexpr, HAS_H: tl.constexpr, HAS_ROW_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dL/dlogits [N, V] of one slab; V counts the slab's columns, `first_column` is where it starts."""
-    blocks = tl.cdiv(N, BLOCK_N)
-    rows = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = rows < N
-    y = tl.load(target + rows, mask=inside, other=ignore_index).to(tl.int64)
-    used = inside & (y != ignore_index)
-    g, h = load_gradients(grad_logp, grad_entropy, rows, used, stride_g, stride_gh, HAS_G, HAS_H)
-    live = (g != 0) | (h != 0)
-    depth = tl.where(tl.sum(live.to(tl.int32), 0) > 0, H, 0)  # a block of rows without gradient is free
-    t = load_temperature(temperature, temperature_ptr, rows, inside, temperature_stride, HAS_ROW_T)
-    z = _logits_tile(
-        hidden, weight, rows, columns, N, V, depth, stride_n, stride_h, stride_v, stride_wh,
-        BLOCK_N, BLOCK_V, BLOCK_H, UPCAST,
-    ) / t[:, None]  # fmt: skip
-    entropy = tl.load(entropy_ptr + rows, mask=live, other=0.0)
-    m = tl.load(max_ptr + rows, mask=live, other=0.0)
-    log_s = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
-    dz = tl.where(live[:, None], dlogits(z, columns + first_column, y, g, h, entropy, m, log_s, t), 0.0)
-    tl.store(
-        out + rows[:, None] * V + columns[None, :], dz.to(out.dtype.element_ty),
-        mask=inside[:, None] & (columns[None, :] < V),
-    )  # fmt: skip
+class Device(NamedTuple):
+    architecture: str  # "sm_90", or "interpreter"
+    processors: int  # streaming multiprocessors
 
 
 def linear_forward(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    target: Tensor,
-    temperature: float,
-    row_temperature: Tensor | None,
-    ignore_index: int,
-) -> RowStats:
+    target: Tensor,  # [N]
+    head: Head,
+    store_bytes: int = 0,
+    *,
+    config: LinearConfig | None = None,
+) -> tuple[RowStats, Store]:
+    """Statistics of every row (zeros where ignored) and as many stored logits as `store_bytes` hold."""
     (n, depth), v = hidden.shape, weight.shape[0]
+    device = _device(hidden)
     new = {"dtype": torch.float32, "device": hidden.device}
     stats = RowStats(*(torch.empty(n, **new) for _ in range(4)))
-    if not n:
-        return stats
-    target = target.contiguous()
-    splits = triton.cdiv(v, BLOCK_V * SPLIT_TILES)
-    label, partial = torch.empty(n, **new), torch.empty((splits, 3, n), **new)
-    t, t_stride = temperature_arguments(row_temperature, hidden)
-    _forward[(triton.cdiv(n, BLOCK_N) * splits,)](
-        hidden, weight, target, temperature, t, t_stride, label, partial,
-        n, v, depth, *hidden.stride(), *weight.stride(), ignore_index,
-        HAS_ROW_T=row_temperature is not None, SPLITS=splits, SPLIT_TILES=SPLIT_TILES, **_tiles(),
-    )  # fmt: skip
-    _merge[(triton.cdiv(n, MERGE_ROWS),)](
-        label, partial, target, *stats, n, v, ignore_index, SPLITS=splits, BLOCK=MERGE_ROWS
+    stored = stored_rows(n, v, hidden.dtype, store_bytes)
+    store = Store(
+        torch.empty((stored, v), dtype=store_dtype(hidden.dtype), device=hidden.device),
+        torch.empty((stored, store_tiles(v, hidden.dtype)), **new),
     )
-    return stats
+    if not n:
+        return stats, store
+    tile = (config or select(device.architecture, depth, v, n, hidden.dtype)).forward
+    order, _, counts = _order(target, head.ignore_index)
+    column_tiles = triton.cdiv(v, tile.cols)
+    slab = _even_slab(n, PARTIAL_BYTES // (12 * column_tiles), max(tile.rows, 128))
+    partial, label_logit = torch.empty((column_tiles, 3, slab), **new), torch.empty(slab, **new)
+    tma = tile.tma and _tma_ready(weight)
+    for first in range(0, n, slab):
+        rows = min(slab, n - first)
+        x, labels, row_factor, label_tiles = _gather(hidden, target, order, counts, head, v, first, rows, tile)
+        programs = _programs(device, tile, rows, v)
+        forward_kernel[(programs,)](
+            *_operands(x, weight, tile, tma), _or(head.bias, x), labels, label_tiles, _or(row_factor, x),
+            *_factors(head), partial, label_logit, store.logits, store.tile_max, counts, first, rows, v, depth,
+            stored, *x.stride(), *weight.stride(),
+            HAS_BIAS=head.bias is not None, ROW_FACTOR=row_factor is not None, SOFTCAP=head.softcap > 0,
+            RAGGED=v % tile.cols != 0, STORE=first < stored, STORE_RELATIVE=store.tile_max.shape[1] > 0,
+            PROGRAMS=programs, TMA=tma, **_constants(tile, hidden),
+        )  # fmt: skip
+        merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+            partial, label_logit, labels, order, counts, *stats, first, rows, column_tiles,
+            BLOCK_R=MERGE_ROWS, BLOCK_T=MERGE_TILES,
+        )  # fmt: skip
+    return stats, store
 
 
 def linear_backward(
-    grad_logp: Tensor | None,
+    grad_logp: Tensor | None,  # [N] or None for zeros
     grad_entropy: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     stats: RowStats,
-    temperature: float,
-    row_temperature: Tensor | None,
-    ignore_index: int,
+    store: Store,
+    head: Head,
     need_hidden: bool = True,
     need_weight: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    target = target.contiguous()
-    # Slabs feed low-precision products on a GPU; the interpreter's products are float32.
-    slab_dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
+    need_bias: bool = False,
+    weight_sum: Tensor | None = None,  # [V, H] float32: dW is added to it and not returned
+    *,
+    config: LinearConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias; only those asked for are computed."""
+    (n, depth), v = hidden.shape, weight.shape[0]
+    if not n:
+        dw = torch.zeros_like(weight) if need_weight and weight_sum is None else None
+        dbias = torch.zeros_like(head.bias) if need_bias else None
+        return torch.zeros_like(hidden) if need_hidden else None, dw, dbias
+    device = _device(hidden)
+    config = config or select(device.architecture, depth, v, n, hidden.dtype)
+    tile, cublas = config.dlogits, config.matmul == "cublas"
+    stored = store.logits.shape[0]
+    order, rank, counts = _order(target, head.ignore_index, grad_logp, grad_entropy, stored)
+    x, labels, row_factor, label_tiles = _gather(
+        hidden, target, order, counts, head, v, 0, n, tile, clear=cublas and need_weight
+    )
+    coefficients = _coefficients(grad_logp, grad_entropy, stats, head, order, counts, row_factor)
 
-    def slab(r: slice, c: slice) -> Tensor:
-        x, w = hidden[r], weight[c]
-        out = torch.empty((x.shape[0], w.shape[0]), dtype=slab_dtype, device=x.device)
-        g, h = (None if grad is None else grad[r] for grad in (grad_logp, grad_entropy))
-        t, t_stride = temperature_arguments(None if row_temperature is None else row_temperature[r], x)
-        _dlogits[(triton.cdiv(x.shape[0], BLOCK_N) * triton.cdiv(w.shape[0], BLOCK_V),)](
-            *gradient_arguments(g, h, x), x, w, target[r], *(column[r] for column in stats[1:]),
-            temperature, t, t_stride, out, *out.shape, x.shape[1], c.start,
-            *x.stride(), *w.stride(), ignore_index,
-            HAS_G=g is not None, HAS_H=h is not None, HAS_ROW_T=row_temperature is not None, **_tiles(),
+    new = {"dtype": torch.float32, "device": hidden.device}
+    # The interpreter's products are float32; on a GPU low-precision slabs feed low-precision products.
+    dtype = torch.float32 if interpreting() else hidden.dtype
+    width = slab_columns(n, v, dtype.itemsize)
+    dz_slab = (torch.zeros if cublas else torch.empty)((n, width), dtype=dtype, device=hidden.device)
+    dx = torch.empty((n, depth), **new) if need_hidden else None
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    dbias = torch.empty(v, **new) if need_bias else None
+    if weight_sum is not None:
+        dw = None
+    weight_out = dw if weight_sum is None else weight_sum
+    row_tiles = triton.cdiv(n, tile.rows)
+
+    for first in range(0, v, width):
+        columns = slice(first, min(first + width, v))
+        w = weight[columns]
+        cols = w.shape[0]
+        dz = dz_slab[:, :cols]
+        bias_partial = torch.zeros((row_tiles, cols), **new) if need_bias else None
+        tma = tile.tma and _tma_ready(weight)
+        programs = _programs(device, tile, n, cols)
+        bias = None if head.bias is None else head.bias[columns]
+        dz_out = TensorDescriptor.from_tensor(dz, [tile.rows, min(tile.cols, PART_COLUMNS.value)]) if tma else dz
+        dlogits_kernel[(programs,)](
+            *_operands(x, w, tile, tma), _or(bias, x), labels, label_tiles, _or(row_factor, x), *_factors(head),
+            coefficients, dz_out, _or(bias_partial, x), counts, n, cols, depth, first,
+            *x.stride(), *w.stride(), dz.stride(0), label_tiles.shape[1],
+            HAS_BIAS=bias is not None, ROW_FACTOR=row_factor is not None, SOFTCAP=head.softcap > 0,
+            NEED_BIAS=need_bias, PROGRAMS=programs, TMA=tma,
+            **_constants(tile, hidden),
         )  # fmt: skip
-        return out
+        if stored:
+            factor, cap, _ = _factors(head)
+            blocks = triton.cdiv(cols, STORED_COLUMNS) * triton.cdiv(min(n, stored + tile.rows - 1), tile.rows)
+            stored_dlogits_kernel[(blocks,)](
+                store.logits, store.tile_max, rank, labels, 1.0 / cap, factor, _or(row_factor, x), coefficients, dz,
+                _or(bias_partial, x), counts, n, cols, first, v, dz.stride(0),
+                ROW_FACTOR=row_factor is not None, SOFTCAP=head.softcap > 0, NEED_BIAS=need_bias,
+                RELATIVE=store.tile_max.shape[1] > 0, TILE_R=tile.rows, BLOCK_R=STORED_ROWS, BLOCK_C=STORED_COLUMNS,
+            )  # fmt: skip
+        if need_weight:
+            _weight_product(config, device, dz, x, weight_out[columns], counts, weight_sum is not None)
+        if need_hidden:
+            _hidden_product(config, device, dz, w, dx, counts, first > 0)
+        if need_bias:
+            torch.sum(bias_partial, 0, out=dbias[columns])
 
-    x = hidden
-    if need_weight:
-        # A dead row's slab is 0, but 0 * NaN is not.
-        x = hidden.masked_fill((target == ignore_index)[:, None], 0)
-    return accumulate_gradients(x, weight, slab, SLAB_COLUMNS, need_hidden, need_weight)
+    if need_hidden:
+        dx = _scatter(dx, order, counts, hidden)
+    return dx, dw, dbias if dbias is None else dbias.to(head.bias.dtype)
 
 
-def _tiles() -> dict[str, int | bool]:
-    # The interpreter's dot is wrong on bfloat16.
-    return {"BLOCK_N": BLOCK_N, "BLOCK_V": BLOCK_V, "BLOCK_H": BLOCK_H, "UPCAST": interpreting()}
+def slab_columns(n: int, v: int, itemsize: int) -> int:
+    """Vocabulary columns of one slab of dL/dlogits [n, columns]: all, or as many as DLOGITS_BYTES hold."""
+    fitting = DLOGITS_BYTES // (n * itemsize) // SLAB_STEP * SLAB_STEP
+    return min(max(fitting, SLAB_STEP), triton.cdiv(v, STORE_TILE) * STORE_TILE)
+
+
+def _order(
+    target: Tensor,
+    ignore_index: int,
+    grad_logp: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+    stored: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(order [N], rank [N], counts [2]) of `order_kernel`; for a backward when `stored` is given."""
+    n = target.shape[0]
+    order, rank = (torch.empty(n, dtype=torch.int32, device=target.device) for _ in range(2))
+    counts = torch.empty(2, dtype=torch.int32, device=target.device)
+    backward = stored is not None
+    g, h, stride_g, stride_h = gradient_arguments(grad_logp, grad_entropy, target)
+    order_kernel[(1,)](
+        target, g, h, target.stride(0), stride_g, stride_h, order, rank, counts, n, stored or 0, ignore_index,
+        BACKWARD=backward, HAS_G=grad_logp is not None, HAS_H=grad_entropy is not None,
+        BLOCK=min(ORDER_BLOCK, triton.next_power_of_2(n)), num_warps=8,
+    )  # fmt: skip
+    return order, rank, counts
+
+
+def _gather(
+    hidden: Tensor, target: Tensor, order: Tensor, counts: Tensor, head: Head, v: int, first: int, rows: int,
+    tile: Tile, clear: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Compact rows of one slab: x [rows, H], labels [rows], row_factor [rows] or None, label_tiles."""
+    depth, device = hidden.shape[1], hidden.device
+    step = 16 // hidden.element_size()  # tensor descriptors want row strides of 16 bytes
+    new = torch.zeros if clear else torch.empty
+    x = new((rows, triton.cdiv(depth, step) * step), dtype=hidden.dtype, device=device)[:, :depth]
+    labels = torch.empty(rows, dtype=torch.int32, device=device)
+    row_factor = torch.empty(rows, dtype=torch.float32, device=device) if head.row_temperature is not None else None
+    tiles = triton.cdiv(rows, tile.rows), triton.cdiv(v, tile.cols)
+    label_tiles = torch.zeros(tiles, dtype=torch.int8, device=device)
+    t, t_stride = temperature_arguments(head.row_temperature, hidden)
+    gather_kernel[(triton.cdiv(rows, ROW_BLOCK),)](
+        hidden, target, t, order, counts, x, labels, _or(row_factor, labels), label_tiles,
+        first, rows, depth, v, tiles[1], 1.0 if head.softcap else float(head.logit_scale),
+        *hidden.stride(), target.stride(0), t_stride, x.stride(0),
+        HAS_ROW_T=row_factor is not None, TILE_R=tile.rows, TILE_C=tile.cols, PAD=PAD,
+        BLOCK_R=ROW_BLOCK, BLOCK_H=HIDDEN_BLOCK,
+    )  # fmt: skip
+    return x, labels, row_factor, label_tiles
+
+
+def _coefficients(grad_logp, grad_entropy, stats, head: Head, order, counts, row_factor) -> Tensor:
+    n = order.shape[0]
+    out = torch.empty((4, n), dtype=torch.float32, device=order.device)
+    coefficients_kernel[(triton.cdiv(n, COEFFICIENT_ROWS),)](
+        *gradient_arguments(grad_logp, grad_entropy, order), stats.entropy, stats.row_max, stats.log_sum,
+        _or(row_factor, out), _factors(head)[0], float(head.logit_scale) if head.softcap else 1.0,
+        order, counts, out, n,
+        HAS_G=grad_logp is not None, HAS_H=grad_entropy is not None, ROW_FACTOR=row_factor is not None,
+        BLOCK=COEFFICIENT_ROWS,
+    )  # fmt: skip
+    return out
+
+
+def _weight_product(config: LinearConfig, device, dz: Tensor, x: Tensor, out: Tensor, counts: Tensor, add: bool):
+    """out [cols, H] (+)= dz.T @ x over the live rows."""
+    if config.matmul == "cublas":
+        product = _mm(dz.t(), x)
+        out.add_(product) if add else out.copy_(product)
+        return
+    tile = config.grad_weight
+    a, b = dz, x
+    if tile.tma:
+        a = TensorDescriptor.from_tensor(dz, [tile.depth, tile.rows])
+        b = TensorDescriptor.from_tensor(x, [tile.depth, tile.cols])
+    programs = _programs(device, tile, *out.shape)
+    product_kernel[(programs,)](
+        a, b, out, counts, *out.shape, dz.shape[0], dz.stride(1), dz.stride(0), x.stride(1), x.stride(0),
+        out.stride(0), LIVE_ROWS=False, ACCUMULATE=add, A_DEPTH_MAJOR=True, PROGRAMS=programs, TMA=tile.tma,
+        **_constants(tile, x),
+    )  # fmt: skip
+
+
+def _hidden_product(config: LinearConfig, device, dz: Tensor, w: Tensor, out: Tensor, counts: Tensor, add: bool):
+    """out [N, H] (+)= dz @ w for the live rows."""
+    if config.matmul == "cublas":
+        product = _mm(dz, w)
+        out.add_(product) if add else out.copy_(product)
+        return
+    tile = config.grad_hidden
+    tma = tile.tma and _tma_ready(w)
+    a, b = dz, w
+    if tma:
+        a = TensorDescriptor.from_tensor(dz, [tile.rows, tile.depth])
+        b = TensorDescriptor.from_tensor(w, [tile.depth, tile.cols])
+    programs = _programs(device, tile, *out.shape)
+    product_kernel[(programs,)](
+        a, b, out, counts, *out.shape, dz.shape[1], *dz.stride(), w.stride(1), w.stride(0), out.stride(0),
+        LIVE_ROWS=True, ACCUMULATE=add, A_DEPTH_MAJOR=False, PROGRAMS=programs, TMA=tma, **_constants(tile, w),
+    )  # fmt: skip
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in float32."""
+    if a.dtype == torch.float32:
+        return a @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _scatter(dx: Tensor, order: Tensor, counts: Tensor, like: Tensor) -> Tensor:
+    n, depth = dx.shape
+    out = torch.empty((n, depth), dtype=like.dtype, device=like.device)
+    scatter_kernel[(triton.cdiv(n, ROW_BLOCK),)](
+        dx, order, counts, out, n, depth, dx.stride(0), out.stride(0), BLOCK_R=ROW_BLOCK, BLOCK_H=HIDDEN_BLOCK
+    )
+    return out
+
+
+def _operands(x: Tensor, w: Tensor, tile: Tile, tma: bool) -> tuple:
+    if not tma:
+        return x, w
+    return (
+        TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(w, [tile.cols, tile.depth]),
+    )
+
+
+def _tma_ready(t: Tensor) -> bool:
+    """Whether a tensor descriptor can point to it; otherwise the kernel loads through pointers."""
+    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def _constants(tile: Tile, operand: Tensor) -> dict:
+    """Compile-time settings shared by the product kernels, and Triton's own options."""
+    return {
+        "BLOCK_R": tile.rows, "BLOCK_C": tile.cols, "BLOCK_D": tile.depth, "GROUP": tile.group,
+        "FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize,
+        # The interpreter's dot is wrong on bfloat16.
+        "UPCAST": interpreting(), "PRECISION": "ieee" if operand.dtype != torch.float32 else FLOAT32_PRECISION,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def _programs(device: Device, tile: Tile, rows: int, cols: int) -> int:
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
+    return min(device.processors * tile.programs, tiles)
+
+
+def _factors(head: Head) -> tuple[float, float, float]:
+    """(k, cap, cap_factor): z = k a without softcap, z = k cap tanh(cap_factor a) with it."""
+    if head.softcap:
+        return 1.0 / head.temperature, head.softcap, head.logit_scale / head.softcap
+    return head.logit_scale / head.temperature, 1.0, 1.0
+
+
+def _even_slab(n: int, most: int, step: int) -> int:
+    """Rows of one slab: a multiple of step, at most `most` (but one step), all slabs nearly equal."""
+    slabs = triton.cdiv(n, max(step, most // step * step))
+    return min(n, triton.cdiv(triton.cdiv(n, slabs), step) * step)
+
+
+def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+    """A pointer that a kernel may take; `unused` stands in where there is no tensor."""
+    return unused if tensor is None else tensor
+
+
+def _device(tensor: Tensor) -> Device:
+    if interpreting():
+        return Device(INTERPRETER, 3)  # few, so that a program walks more than one tile
+    properties = torch.cuda.get_device_properties(tensor.device if tensor.is_cuda else None)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
