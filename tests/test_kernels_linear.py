@@ -5,7 +5,7 @@ from __future__ import annotations
 import kernels_oracle as oracle
 import pytest
 import torch
-from autotool_kernels import linear_logp_entropy, reference
+from autotool_kernels import linear_logp_entropy, reference, reference_linear
 from kernels_oracle import BACKENDS, DEVICE, QUIET
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
@@ -59,8 +59,7 @@ def test_matches_dense_float64(backend, n, h, v):
 
 
 def test_vocabulary_and_row_tiles_merge_in_float64(monkeypatch):
-    monkeypatch.setattr(reference, "VOCAB_TILE", 7)
-    monkeypatch.setitem(reference.TILE_ELEMENTS, DEVICE, 21)
+    monkeypatch.setitem(reference_linear.TILES, DEVICE, (3, 7))
     args = problem(10, 4, 30, torch.float64)
     args[2][3] = -100
     for a, w in zip(run(*args, backend="torch"), expected(*args), strict=True):

@@ -18,10 +18,10 @@ import torch
 NAMES = ("torch", "triton", "cuda")
 # Module of each backend's implementation of each op; all implementations of an op take the same arguments.
 _MODULES = {
-    "linear_logp_entropy": {"torch": "reference", "triton": "triton_linear"},
-    "linear_logp_entropy_backward": {"torch": "reference", "triton": "triton_linear"},
-    "logits_logp_entropy": {"torch": "reference", "triton": "triton_logits", "cuda": "cuda"},
-    "logits_logp_entropy_backward": {"torch": "reference", "triton": "triton_logits", "cuda": "cuda"},
+    "linear_logp_entropy": {"torch": "reference_linear", "triton": "triton_linear"},
+    "linear_logp_entropy_backward": {"torch": "reference_linear", "triton": "triton_linear"},
+    "logits_logp_entropy": {"torch": "reference_logits", "triton": "triton_logits", "cuda": "cuda"},
+    "logits_logp_entropy_backward": {"torch": "reference_logits", "triton": "triton_logits", "cuda": "cuda"},
     "policy_loss": {"torch": "policy", "triton": "triton_policy"},
     "sample_logp_entropy": {"torch": "philox", "triton": "triton_sample", "cuda": "cuda"},
 }

@@ -13,19 +13,27 @@ from torch import Tensor
 
 from .dispatch import implementation
 from .policy import METRICS
-from .reference import RowStats, compute_dtype
+from .reference import Head, RowStats, Store, compute_dtype, new_store
 
 NAMESPACE = "autotool_kernels"
 _STATS = "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum)"
+_HEAD = (
+    "Tensor? bias, Tensor? row_temperature, float temperature, float logit_scale, float softcap, int ignore_index, "
+    "str backend"
+)
 _SCALING = "float temperature, Tensor? row_temperature, int ignore_index, str backend"
 _GRADS = "Tensor? grad_logp, Tensor? grad_entropy"
 SCHEMAS = (
-    f"linear_logp_entropy(Tensor hidden, Tensor weight, Tensor target, {_SCALING}) -> {_STATS}",
+    f"linear_logp_entropy(Tensor hidden, Tensor weight, Tensor target, {_HEAD}, int store_bytes) -> "
+    "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum, Tensor store_logits, Tensor store_max)",
     f"linear_logp_entropy_backward({_GRADS}, Tensor hidden, Tensor weight, Tensor target, Tensor entropy, "
-    f"Tensor row_max, Tensor log_sum, {_SCALING}, bool need_hidden, bool need_weight) -> (Tensor, Tensor)",
+    f"Tensor row_max, Tensor log_sum, Tensor store_logits, Tensor store_max, {_HEAD}, bool need_hidden, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     f"logits_logp_entropy(Tensor logits, Tensor target, {_SCALING}) -> {_STATS}",
     f"logits_logp_entropy_backward({_GRADS}, Tensor logits, Tensor target, Tensor entropy, Tensor row_max, "
     f"Tensor log_sum, {_SCALING}) -> Tensor",
+    f"logits_logp_entropy_backward_({_GRADS}, Tensor(a!) logits, Tensor target, Tensor entropy, Tensor row_max, "
+    f"Tensor log_sum, {_SCALING}) -> ()",
     "policy_loss(Tensor logp, Tensor old_logp, Tensor entropy, Tensor advantages, Tensor cu_seqlens, "
     "Tensor mask, Tensor is_short, float[] gate, Tensor? gate_tensor, float clip_low, float clip_high, "
     "int normalize, float constant, str backend) -> (Tensor loss, Tensor sequence_entropy, Tensor metrics, "
@@ -69,23 +77,29 @@ def _outside_autocast(fn):
 
 
 @_register("run")
-def linear_logp_entropy(hidden, weight, target, temperature, row_temperature, ignore_index, backend):
+def linear_logp_entropy(
+    hidden, weight, target, bias, row_temperature, temperature, logit_scale, softcap, ignore_index, backend, store_bytes
+):
     run = implementation("linear_logp_entropy", hidden.device.type, hidden.dtype, backend)
-    return tuple(run(hidden, weight, target, temperature, row_temperature, ignore_index))
+    head = Head(bias, temperature, row_temperature, logit_scale, softcap, ignore_index)
+    stats, store = run(hidden, weight, target, head, store_bytes)
+    return *stats, *store
 
 
 @_register("run")
 def linear_logp_entropy_backward(
-    grad_logp, grad_entropy, hidden, weight, target, entropy, row_max, log_sum,
-    temperature, row_temperature, ignore_index, backend, need_hidden, need_weight,
+    grad_logp, grad_entropy, hidden, weight, target, entropy, row_max, log_sum, store_logits, store_max,
+    bias, row_temperature, temperature, logit_scale, softcap, ignore_index, backend,
+    need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     run = implementation("linear_logp_entropy_backward", hidden.device.type, hidden.dtype, backend)
-    stats = RowStats(entropy, entropy, row_max, log_sum)
-    dx, dw = run(
-        grad_logp, grad_entropy, hidden, weight, target, stats,
-        temperature, row_temperature, ignore_index, need_hidden, need_weight,
+    head = Head(bias, temperature, row_temperature, logit_scale, softcap, ignore_index)
+    gradients = run(
+        grad_logp, grad_entropy, hidden, weight, target, RowStats(entropy, entropy, row_max, log_sum),
+        Store(store_logits, store_max), head, need_hidden, need_weight, need_bias,
     )  # fmt: skip
-    return hidden.new_empty(0) if dx is None else dx, weight.new_empty(0) if dw is None else dw
+    # An op cannot return None.
+    return tuple(hidden.new_empty(0) if g is None else g for g in gradients)
 
 
 @_register("run")
@@ -105,6 +119,16 @@ def logits_logp_entropy_backward(
 
 
 @_register("run")
+def logits_logp_entropy_backward_(
+    grad_logp, grad_entropy, logits, target, entropy, row_max, log_sum,
+    temperature, row_temperature, ignore_index, backend,
+):  # fmt: skip
+    run = implementation("logits_logp_entropy_backward", logits.device.type, logits.dtype, backend)
+    stats = RowStats(entropy, entropy, row_max, log_sum)
+    run(grad_logp, grad_entropy, logits, target, stats, temperature, row_temperature, ignore_index, out=logits)
+
+
+@_register("run")
 def policy_loss(logp, *args):
     *args, backend = args
     return tuple(implementation("policy_loss", logp.device.type, logp.dtype, backend)(logp, *args))
@@ -117,19 +141,21 @@ def sample_logp_entropy(logits, temperature, row_temperature, seed, offset, back
 
 
 @_register("fake")
-def linear_logp_entropy_fake(hidden, weight, target, temperature, row_temperature, ignore_index, backend):
+def linear_logp_entropy_fake(
+    hidden, weight, target, bias, row_temperature, temperature, logit_scale, softcap, ignore_index, backend, store_bytes
+):
     dtype = compute_dtype(hidden.dtype)
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
+    stats = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4)]
+    return *stats, *new_store(hidden, hidden.shape[0], weight.shape[0], store_bytes)
 
 
 @_register("fake")
-def linear_logp_entropy_backward_fake(
-    grad_logp, grad_entropy, hidden, weight, target, entropy, row_max, log_sum,
-    temperature, row_temperature, ignore_index, backend, need_hidden, need_weight,
-):  # fmt: skip
+def linear_logp_entropy_backward_fake(grad_logp, grad_entropy, hidden, weight, *rest):
+    bias, (need_hidden, need_weight, need_bias) = rest[6], rest[-3:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
         weight.new_empty(weight.shape if need_weight else 0),
+        bias.new_empty(bias.shape) if need_bias else hidden.new_empty(0),
     )
 
 
@@ -145,6 +171,11 @@ def logits_logp_entropy_backward_fake(
     temperature, row_temperature, ignore_index, backend,
 ):  # fmt: skip
     return logits.new_empty(logits.shape)
+
+
+@_register("fake")
+def logits_logp_entropy_backward__fake(*args):
+    return None
 
 
 @_register("fake")
@@ -170,21 +201,18 @@ def sample_logp_entropy_fake(logits, temperature, row_temperature, seed, offset,
 
 
 def _save_linear(ctx, inputs, output):
-    hidden, weight, target, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend = inputs
-    _, entropy, row_max, log_sum = output
-    ctx.save_for_backward(hidden, weight, target, entropy, row_max, log_sum, row_temperature)
-    ctx.mark_non_differentiable(row_max, log_sum)
+    hidden, weight, target, bias, row_temperature, *ctx.options, _ = inputs
+    _, entropy, *rest = output
+    ctx.save_for_backward(hidden, weight, target, entropy, *rest, bias, row_temperature)
+    ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)
 
 
 def _linear_gradient(ctx, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_):
-    *saved, row_temperature = ctx.saved_tensors
-    need_hidden, need_weight = ctx.needs_input_grad[:2]
-    dx, dw = ops.linear_logp_entropy_backward(
-        grad_logp, grad_entropy, *saved, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend,
-        need_hidden, need_weight,
-    )  # fmt: skip
-    return dx if need_hidden else None, dw if need_weight else None, None, None, None, None, None
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    gradients = ops.linear_logp_entropy_backward(grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.options, *needs)
+    dx, dw, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return dx, dw, None, dbias, *[None] * 7
 
 
 def _save_logits(ctx, inputs, output):

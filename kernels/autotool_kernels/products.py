@@ -1,0 +1,45 @@
+"""Matrix products of the PyTorch backend: accumulated and returned in float32 (float64), whatever the inputs.
+
+On a CPU large float32 products go to oneDNN: torch.mm calls MKL, which stays with AVX2 on processors it does not
+know (an AMD EPYC with AVX-512: 98 GFLOP/s against 215 on one core). oneDNN builds code for each new shape,
+up to a millisecond, so small products stay with torch.mm; `torch.backends.mkldnn.flags(enabled=False)` keeps all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ONEDNN_FLOPS = 1 << 27
+
+
+def project(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [n, k] @ w [m, k].T in `dtype`, never rounded to the inputs' low precision."""
+    if x.is_cuda and x.dtype != dtype:
+        return torch.mm(x, w.t(), out_dtype=dtype)
+    return _times_transposed(x.to(dtype), w.to(dtype))
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, k] (float32, float64) @ b [k, m] in the dtype of a; on a GPU a is rounded to a low-precision b."""
+    if b.is_cuda and b.dtype != a.dtype:
+        return torch.mm(a.to(b.dtype), b, out_dtype=a.dtype)
+    return _times_transposed(a, b.to(a.dtype).t())
+
+
+def _times_transposed(x: Tensor, w: Tensor) -> Tensor:
+    if x.dtype == torch.float32 and 2 * x.shape[0] * w.numel() >= ONEDNN_FLOPS and _onednn(x):
+        # Without a dense second operand oneDNN falls back to a loop that is a thousand times slower.
+        if not (w.is_contiguous() or w.t().is_contiguous()):
+            w = w.contiguous()
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return torch.mm(x, w.t())
+
+
+def _onednn(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
