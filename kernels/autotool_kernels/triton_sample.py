@@ -1,7 +1,11 @@
-"""Triton backend of `sample_logp_entropy`: one program per row reads its logits once.
+"""Triton backend of `sample_logp_entropy`: one read of the logits, rows split over programs.
+
+A program draws the best candidate of one split of a row, with the split's softmax statistics; a second, tiny kernel
+merges. The splits depend on V alone: small batches fill the device, and a row's token and numbers do not depend on the
+batch. The splits cannot change the token, because the column, not the program, names the random bits.
 
 Draws the same Philox bits as `philox.uniforms`; -log(1 - u) is rounded differently in the last bits, so two
-backends can disagree only where two candidates tie to about 1e-6.
+backends can disagree only where two candidates tie to about 1e-5.
 """
 
 from __future__ import annotations
@@ -11,9 +15,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_logits import finish, load_temperature, online_update, temperature_arguments
+from .dispatch import interpreting
+from .triton_logits import FLOOR, LOG2E, finish, load_temperature, merge, temperature_arguments
 
-MAX_BLOCK = 1024
+SPLIT = 4096  # logits of a row that one program reads at once
+MERGE_ROWS = 4
+NO_COLUMN = tl.constexpr(2147483647)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _log2(x, FAST: tl.constexpr):
+    """FAST: one instruction, 2^-22 relative or absolute, where tl.log2 takes some thirty."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """`philox.philox_4x32` on uint32 words; products 32 x 32 -> 64, one instruction where tl.philox takes two."""
+    for _ in tl.static_range(10):
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def low_high(x):
+    """The two uint32 halves of int64 words."""
+    return (x & 0xFFFFFFFF).to(tl.uint32), ((x >> 32) & 0xFFFFFFFF).to(tl.uint32)
 
 
 @triton.jit
@@ -23,56 +60,100 @@ def uniform(bits):
 
 
 @triton.jit
-def gumbel(u):
-    """-log(-log(1 - u)); a series where 1 - u would round away the digits of a small u."""
-    series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + u * 0.2))))
-    return -tl.log(tl.where(u < 0.01, series, -tl.log(1.0 - u)))
+def gumbel(u, FAST: tl.constexpr):
+    """-log(-log(1 - u)); below 1/8 a series, because 1 - u would round away the digits of a small u."""
+    series = 0.16666666666666666 + u * (0.14285714285714285 + u * 0.125)
+    series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + u * (0.2 + u * series)))))
+    return -LN2 * _log2(tl.where(u < 0.125, series, -LN2 * _log2(1.0 - u, FAST)), FAST)
 
 
 @triton.jit
-def _better(value, index, best, best_index):
-    """The larger value, or the smaller column of equal ones; NaN never wins."""
-    wins = (value > best) | ((value == best) & (index < best_index))
-    return tl.where(wins, value, best), tl.where(wins, index, best_index)
+def _finish_rows(
+    rows, m, s, u, column, inverse_t, logits, token_out, logp_out, entropy_out, V, stride_n, stride_v, inside,
+):  # fmt: skip
+    token = tl.where(column < V, column, 0).to(tl.int64)  # only a row of NaN or -inf has no candidate
+    chosen = tl.load(logits + rows * stride_n + token * stride_v, mask=inside, other=0.0).to(tl.float32)
+    logp, entropy, _ = finish((chosen - m) * inverse_t, 0.0, s, u * inverse_t)
+    tl.store(token_out + rows, token, mask=inside)
+    tl.store(logp_out + rows, logp, mask=inside)
+    tl.store(entropy_out + rows, entropy, mask=inside)
 
 
 @triton.jit
 def _sample(
-    logits, temperature, temperature_ptr, temperature_stride, seed, offset,
-    token_out, logp_out, entropy_out, V, stride_n, stride_v,
-    HAS_ROW_T: tl.constexpr, BLOCK: tl.constexpr,
+    logits, temperature, temperature_ptr, temperature_stride, partial, columns_out,
+    token_out, logp_out, entropy_out, B, V, stride_n, stride_v, seed, offset, seed_stride, offset_stride,
+    HAS_ROW_T: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)  # [1]
+    program = tl.program_id(0).to(tl.int64)
+    row = program // SPLITS + tl.arange(0, 1)  # [1]
     t = load_temperature(temperature, temperature_ptr, row, row >= 0, temperature_stride, HAS_ROW_T)
     greedy = t == 0
-    t = tl.where(greedy, 1.0, t)
-    key, counter = tl.load(seed + row), tl.load(offset + row)
-    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    start = logits + row * stride_n
-    m = tl.full((1,), float("-inf"), tl.float32)
-    s = tl.zeros((1,), tl.float32)
-    u = tl.zeros((1,), tl.float32)
-    best = tl.full((1, BLOCK), float("-inf"), tl.float32)
-    best_column = tl.full((1, BLOCK), 2147483647, tl.int32)
-    for block0 in range(0, tl.cdiv(V, 4), BLOCK):
-        block = block0 + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK] counters, four columns each
-        zero = tl.zeros((1, BLOCK), tl.uint32)
-        words = tl.philox(key[:, None], block.to(tl.uint32), zero, low[:, None] + zero, high[:, None] + zero)
-        for word in tl.static_range(4):
-            column = block * 4 + word
-            pointers = start[:, None] + column.to(tl.int64) * stride_v
-            x = tl.load(pointers, mask=column < V, other=float("-inf")).to(tl.float32) / t[:, None]
-            m, s, u = online_update(m, s, u, x)
-            noise = tl.where(greedy[:, None], 0.0, gumbel(uniform(words[word])))
-            best, best_column = _better(x + noise, column, best, best_column)
-    top = tl.max(best, 1)
-    token = tl.min(tl.where(best == top[:, None], best_column, 2147483647), 1)
-    token = tl.where(token < V, token, 0)  # only a row of NaN or -inf has no candidate
-    chosen = tl.load(start + token.to(tl.int64) * stride_v).to(tl.float32) / t
-    logp, entropy, _ = finish(chosen, m, s, u)
-    tl.store(token_out + row, token.to(tl.int64))
-    tl.store(logp_out + row, logp)
-    tl.store(entropy_out + row, entropy)
+    inverse_t = 1.0 / tl.where(greedy, 1.0, t)
+    block = (program % SPLITS).to(tl.int32) * (SPLIT // 4) + tl.arange(0, SPLIT // 4)  # counters, four columns each
+    column = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [SPLIT / 4, 4]
+    start = logits + tl.sum(row, 0) * stride_n
+    x = tl.load(start + column.to(tl.int64) * stride_v, mask=column < V, other=float("-inf")).to(tl.float32)
+
+    m = tl.max(tl.max(x, 1), 0)
+    base = tl.where(m == float("-inf"), 0.0, m)
+    d = tl.maximum(x - base, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(d * (inverse_t[:, None] * LOG2E))
+    s, u = tl.sum(tl.sum(e, 1), 0), tl.sum(tl.sum(e * d, 1), 0)
+
+    k0, k1 = low_high(tl.load(seed + row * seed_stride))
+    c2, c3 = low_high(tl.load(offset + row * offset_stride))
+    zero = tl.zeros((SPLIT // 4,), tl.uint32)
+    w0, w1, w2, w3 = philox(block.to(tl.uint32), zero, c2 + zero, c3 + zero, k0, k1)
+    bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (SPLIT // 4, 4))
+    noise = tl.where(greedy[:, None], 0.0, gumbel(uniform(bits), FAST))
+    score = x * inverse_t[:, None] + noise
+    best = tl.max(tl.max(score, 1), 0)
+    # The first of equal ones.
+    first = tl.min(tl.min(tl.where((score == best) & (score > float("-inf")), column, NO_COLUMN), 1), 0)
+
+    one = tl.arange(0, 1)
+    if SPLITS == 1:
+        _finish_rows(
+            row, m, s, u, first + one, inverse_t, logits, token_out, logp_out, entropy_out,
+            V, stride_n, stride_v, row >= 0,
+        )  # fmt: skip
+    else:
+        out = partial + program + one
+        count = tl.full((), SPLITS, tl.int64) * B
+        tl.store(out, m + tl.zeros((1,), tl.float32))
+        tl.store(out + count, s + tl.zeros((1,), tl.float32))
+        tl.store(out + 2 * count, u + tl.zeros((1,), tl.float32))
+        tl.store(out + 3 * count, best + tl.zeros((1,), tl.float32))
+        tl.store(columns_out + program + one, first + one)
+
+
+@triton.jit
+def _merge(
+    logits, temperature, temperature_ptr, temperature_stride, partial, columns_out,
+    token_out, logp_out, entropy_out, B, V, stride_n, stride_v,
+    HAS_ROW_T: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < B
+    t = load_temperature(temperature, temperature_ptr, rows, inside, temperature_stride, HAS_ROW_T)
+    inverse_t = 1.0 / tl.where(t == 0, 1.0, t)
+    splits = tl.arange(0, PADDED)[None, :]
+    at = rows[:, None] * SPLITS + splits
+    count = tl.full((), SPLITS, tl.int64) * B
+    used = inside[:, None] & (splits < SPLITS)
+    m = tl.load(partial + at, mask=used, other=float("-inf"))
+    s = tl.load(partial + count + at, mask=used, other=0.0)
+    u = tl.load(partial + 2 * count + at, mask=used, other=0.0)
+    score = tl.load(partial + 3 * count + at, mask=used, other=float("-inf"))
+    column = tl.load(columns_out + at, mask=used, other=NO_COLUMN)
+    best = tl.max(score, 1)
+    first = tl.min(tl.where(score == best[:, None], column, NO_COLUMN), 1)
+    m, s, u = merge(m, s, u, inverse_t[:, None] * LOG2E)
+    _finish_rows(
+        rows, m, s, u, first, inverse_t, logits, token_out, logp_out, entropy_out,
+        V, stride_n, stride_v, inside,
+    )  # fmt: skip
 
 
 def sample_forward(
@@ -82,14 +163,28 @@ def sample_forward(
     seed: Tensor,  # [B]
     offset: Tensor,  # [B]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, v = logits.shape
-    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    logp, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    (rows, v), device = logits.shape, logits.device
+    token = torch.empty(rows, dtype=torch.int64, device=device)
+    logp, entropy = torch.empty((2, rows), dtype=torch.float32, device=device).unbind()
     if rows:
+        split = min(SPLIT, max(4, triton.next_power_of_2(v)))
+        splits = triton.cdiv(v, split)
+        partial, columns = logits, token  # one split needs no workspace
+        if splits > 1:
+            partial = torch.empty((4, rows, splits), dtype=torch.float32, device=device)
+            columns = torch.empty((rows, splits), dtype=torch.int32, device=device)
         t, stride = temperature_arguments(row_temperature, logits)
-        _sample[(rows,)](
-            logits, temperature, t, stride, seed.contiguous(), offset.contiguous(), token, logp, entropy,
-            v, logits.stride(0), logits.stride(1), HAS_ROW_T=row_temperature is not None,
-            BLOCK=min(MAX_BLOCK, triton.next_power_of_2(triton.cdiv(v, 4))), num_warps=4,
+        arguments = (
+            logits, temperature, t, stride, partial, columns, token, logp, entropy, rows, v, *logits.stride(),
         )  # fmt: skip
+        common = {"HAS_ROW_T": row_temperature is not None, "SPLITS": splits}
+        _sample[(rows * splits,)](
+            *arguments, seed, offset, seed.stride(0), offset.stride(0), **common,
+            SPLIT=split, FAST=not interpreting(), num_warps=max(1, min(8, split // 512)),
+        )  # fmt: skip
+        if splits > 1:
+            padded = triton.next_power_of_2(splits)
+            _merge[(triton.cdiv(rows, MERGE_ROWS),)](
+                *arguments, **common, PADDED=padded, ROWS=MERGE_ROWS, num_warps=1 if padded <= 64 else 4
+            )
     return token, logp, entropy
