@@ -1,0 +1,235 @@
+"""Clocks, memory and ceilings: how every kernel benchmark of this folder measures.
+
+Time. Contestants take turns within each repetition, in an order that changes from one repetition to the next, so that
+a drifting clock or a busy neighbour meets them all. On a GPU a repetition is one pair of CUDA events; a short spin
+before the first event lets the host run ahead, so that launch overhead shorter than the spin is not timed. On a CPU it
+is `time.perf_counter`. Reported are the median and the 20th and 80th percentile.
+
+Memory. On a GPU the peak of the caching allocator above what was allocated before the call. On a CPU the kernel's
+high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs) above the resident set before the
+call, after a first call has loaded code and freed pages have been returned. Blocks from 1 MiB are mapped one by one
+for that, so that a freed one leaves the resident set at once.
+
+Allocator on a CPU. Timed calls run with a heap that keeps freed memory (`keep_freed_memory`), the same for every
+contestant: with glibc's defaults the page faults of fresh logits cost more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+WARM_UP_SECONDS = {"cuda": 0.2, "cpu": 0.0}
+CANARY_SIZE = {"cuda": 8192, "cpu": 1024}
+SPIN_CYCLES = 1_000_000  # about half a millisecond on a GPU: longer than the host needs to enqueue one call
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # mallopt(3)
+
+
+class Call(NamedTuple):
+    """One thing to time. `prepare(i)` is not timed; its result goes to `run`. `i` counts the repetitions."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[int], Any] = lambda i: i
+    count: int = 1  # how many calls one `run` makes; times are per call
+
+
+class Times(NamedTuple):
+    """Milliseconds over all repetitions."""
+
+    ms: float  # median
+    p20: float
+    p80: float
+    repetitions: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device was seen to reach, before the contest and after it."""
+
+    copy_gb_s: float  # bytes read plus bytes written
+    matmul_tflops: float  # the canary before
+    matmul_tflops_after: float | None
+    matmul: str  # what was multiplied
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one short line."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def interleaved(
+    calls: Mapping[str, Call], device: torch.device, repetitions: int, seconds: float = float("inf")
+) -> dict[str, Times | str]:
+    """Times of every call, or the line of the error that took it out of the contest.
+
+    `seconds` bounds the contest: no repetition beyond the third starts after it.
+    """
+    clock = _cuda_ms if device.type == "cuda" else _cpu_ms
+    results: dict[str, Times | str] = {}
+    samples: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        try:
+            _warm_up(call, device)
+            samples[name] = []
+        except Exception as error:  # a contestant's failure is a result, whatever its type
+            results[name] = one_line(error)
+    begin = time.perf_counter()
+    for i in range(repetitions):
+        if i >= 3 and time.perf_counter() - begin > seconds:
+            break
+        names = list(samples)
+        turn = i % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            try:
+                samples[name].append(clock(calls[name], i) / calls[name].count)
+            except Exception as error:
+                results[name] = one_line(error)
+                del samples[name]
+    for name, values in samples.items():
+        results[name] = _summary(values)
+    return results
+
+
+def _summary(values: list[float]) -> Times:
+    data = torch.tensor(values, dtype=torch.float64)
+    low, high = (data.quantile(q).item() for q in (0.2, 0.8))
+    return Times(statistics.median(values), low, high, len(values))
+
+
+def _warm_up(call: Call, device: torch.device) -> None:
+    begin = time.perf_counter()
+    while True:
+        call.run(call.prepare(0))
+        synchronize(device)
+        if time.perf_counter() - begin >= WARM_UP_SECONDS[device.type]:
+            return
+
+
+def _cuda_ms(call: Call, i: int) -> float:
+    state = call.prepare(i)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SPIN_CYCLES)
+    start.record()
+    result = call.run(state)
+    stop.record()
+    stop.synchronize()
+    del result
+    return start.elapsed_time(stop)
+
+
+def _cpu_ms(call: Call, i: int) -> float:
+    state = call.prepare(i)
+    begin = time.perf_counter()
+    result = call.run(state)
+    milliseconds = 1e3 * (time.perf_counter() - begin)
+    del result
+    return milliseconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def graphed(run: Callable[[], Any], count: int = 20, warm_ups: int = 3) -> Call:
+    """`count` calls of `run` captured in one CUDA graph, so that a replay's own cost is shared among them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm_ups):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [run() for _ in range(count)]
+    return Call(lambda _, keep=kept: graph.replay(), count=count)
+
+
+def keep_freed_memory(keep: bool) -> bool:
+    """Whether the C heap keeps freed blocks for the next call, or maps and unmaps those from 1 MiB; glibc only."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        settings = (
+            [(_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)]
+            if keep
+            else [(_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 1 << 20), (_M_TRIM_THRESHOLD, 1 << 20)]
+        )
+        return all(libc.mallopt(option, value) == 1 for option, value in settings)
+    except (OSError, AttributeError):
+        return False
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device, warm: bool = True) -> int | None:
+    """Peak memory of `run()` beyond what was held before it, its result included; None where it cannot be measured.
+
+    `warm`: run it once before, so that code loading and compilation are not counted.
+    """
+    if warm:
+        run()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    mapped = keep_freed_memory(False)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before) if mapped else None
+    except (OSError, AttributeError):
+        return None
+    finally:
+        keep_freed_memory(True)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def matmul_tflops(device: torch.device, size: int | None = None, repetitions: int = 5) -> float:
+    """Rate of a square product of random matrices: bfloat16 on a GPU, float32 on a CPU."""
+    size = size or CANARY_SIZE[device.type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = interleaved({"matmul": Call(lambda _: a @ b)}, device, repetitions)["matmul"]
+    if isinstance(times, str):
+        raise RuntimeError(f"the {size}^3 matmul failed: {times}")
+    return 2 * size**3 / times.ms / 1e9
+
+
+def copy_gb_s(device: torch.device, size: int | None = None, repetitions: int = 5) -> float:
+    """Bandwidth of a large copy, bytes read plus bytes written."""
+    size = size or (1 << 32 if device.type == "cuda" else 1 << 28)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    times = interleaved({"copy": Call(lambda _: target.copy_(source))}, device, repetitions)["copy"]
+    if isinstance(times, str):
+        raise RuntimeError(f"the copy of {size} bytes failed: {times}")
+    return 2 * size / times.ms / 1e6
+
+
+def ceilings(device: torch.device, quick: bool = False) -> Ceilings:
+    """Measured now; `after` adds the canary's second reading."""
+    size = CANARY_SIZE[device.type]
+    kind = "bfloat16" if device.type == "cuda" else "float32"
+    small = 1 << 26 if quick and device.type == "cpu" else None
+    return Ceilings(copy_gb_s(device, small), matmul_tflops(device), None, f"{size}^3 {kind}")
