@@ -287,15 +287,15 @@ def logits_backward(
             *gradient_arguments(grad_logp, grad_entropy, logits), logits, target, *stats[1:],
             temperature, t, stride, out, v, *logits.stride(), *out.stride(), target.stride(0), ignore_index,
             HAS_G=grad_logp is not None, HAS_H=grad_entropy is not None, HAS_ROW_T=row_temperature is not None,
-            SPLITS=splits, **tile_options(v, logits.element_size()),
+            SPLITS=splits, **tile_options(v, logits.element_size(), TILE_BYTES // 2),
         )  # fmt: skip
     return out
 
 
-def tile_options(v: int, item: int) -> dict[str, int]:
+def tile_options(v: int, item: int, tile_bytes: int = TILE_BYTES) -> dict[str, int]:
     """How a program walks its split: by V and the element size alone, because sums depend on it."""
     vector = VECTOR_BYTES // item
-    tile = min(TILE_BYTES // item, max(vector, triton.next_power_of_2(v)))
+    tile = min(tile_bytes // item, max(vector, triton.next_power_of_2(v)))
     return {
         "SPLIT": SPLIT, "TILE": tile, "VECTOR": vector, "STAGES": STAGES,
         "num_warps": max(1, min(8, tile * item // 1024)),
