@@ -333,6 +333,8 @@ class TrainConfig(Section):
     """Check the settings, print the plan and stop."""
     threads: int = number(1, low=1)
     """CPU threads per process."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where models live. The embedded model is too small to gain from a GPU."""
     world: WorldConfig = field(default_factory=WorldConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     base: BaseConfig = field(default_factory=BaseConfig)

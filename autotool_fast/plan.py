@@ -1,4 +1,7 @@
-"""What a run is going to do: checks before anything is written, and the text of `--dry-run`; neither needs torch."""
+"""What a run is going to do: checks before anything is written, and the text of `--dry-run`.
+
+Neither needs torch, unless a GPU is asked for.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,15 @@ def check(config: TrainConfig) -> None:
     """Refuse a run that cannot succeed, while what the run folder holds is still untouched.
 
     Raises:
-        UserError: no task can be drawn; a stage of a new run needs one that is not run; `base.reuse` holds no model,
-            or is about to be removed by --overwrite.
+        UserError: no task can be drawn; there is no GPU where one is asked for; a stage of a new run needs one that is
+            not run; `base.reuse` holds no model, or is about to be removed by --overwrite.
     """
     World(config.world.families, config.world.max_difficulty)
+    if config.device == "cuda":
+        import torch  # only a run that asks for a GPU pays for it here
+
+        if not torch.cuda.is_available():
+            raise UserError("torch finds no CUDA device", where="device", remedy="use --device cpu")
     if not config.resume:
         _check_inputs(config)
     if config.base.reuse and "base" in config.stages:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from autotool_kernels import LogpEntropy, linear_logp_entropy
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 PACKED_ATTENTION = "autotool_packed"
 
@@ -44,8 +44,8 @@ class PackedBatch:
         return self.ids.numel()
 
 
-def pack(sequences: Sequence[np.ndarray]) -> PackedBatch:
-    """Pack token id arrays (each [T_i], T_i >= 1) into one row."""
+def pack(sequences: Sequence[np.ndarray], device: torch.device | str = "cpu") -> PackedBatch:
+    """Pack token id arrays (each [T_i], T_i >= 1) into one row, its tensors on `device`."""
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     assert lengths.size > 0 and lengths.min() > 0, "a sequence has at least one token"  # noqa: PT018
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -58,13 +58,13 @@ def pack(sequences: Sequence[np.ndarray]) -> PackedBatch:
         index = np.where(inside, starts[rows, None] + column, total)
         order[index[inside]] = offset + np.flatnonzero(inside)
         offset += index.size
-        buckets.append(torch.from_numpy(index))
+        buckets.append(torch.from_numpy(index).to(device))
     return PackedBatch(
-        ids=torch.from_numpy(np.concatenate(sequences).astype(np.int64)),
-        positions=torch.from_numpy(np.arange(total) - np.repeat(starts[:-1], lengths)),
-        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        ids=torch.from_numpy(np.concatenate(sequences).astype(np.int64)).to(device),
+        positions=torch.from_numpy(np.arange(total) - np.repeat(starts[:-1], lengths)).to(device),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)).to(device),
         buckets=tuple(buckets),
-        order=torch.from_numpy(order),
+        order=torch.from_numpy(order).to(device),
     )
 
 
@@ -150,7 +150,7 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 def packed_logp_entropy(
     model: PreTrainedModel,
     batch: PackedBatch,
-    trained: torch.Tensor,  # [T] bool: tokens whose log-prob is wanted
+    trained: torch.Tensor,  # [T] bool, on the CPU: tokens whose log-prob is wanted
     *,
     temperature: float = 1.0,
     backend: str = "auto",
@@ -158,12 +158,27 @@ def packed_logp_entropy(
     """Log-prob and entropy (nats) of the marked tokens, each given its own prefix; float32 [number marked].
 
     A token at the start of a sequence has no prefix and cannot be marked. Raises ValueError for a model whose
-    attention or head does more than this forward computes.
+    attention does more than this forward computes.
     """
-    assert not bool(trained[batch.cu_seqlens[:-1].long()].any()), "a first token has no prefix to be predicted from"
-    targets = trained.nonzero().squeeze(-1)
+    assert not batch.ids.is_cpu or not bool(trained[batch.cu_seqlens[:-1].long()].any()), "a first token has no prefix"
+    targets = trained.nonzero().squeeze(-1).to(batch.ids.device)
     hidden = packed_hidden(model, batch)[targets - 1]
     head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise ValueError("the model's head has a bias, which linear_logp_entropy does not take")
-    return linear_logp_entropy(hidden, head.weight, batch.ids[targets], temperature=temperature, backend=backend)
+    logit_scale, softcap = logit_options(model.config)
+    return linear_logp_entropy(
+        hidden,
+        head.weight,
+        batch.ids[targets],
+        bias=getattr(head, "bias", None),
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        backend=backend,
+    )
+
+
+def logit_options(config: PretrainedConfig) -> tuple[float, float | None]:
+    """What a model does to its head's output: a factor (Cohere multiplies, Granite divides) and a soft cap (Gemma)."""
+    text = config.get_text_config()
+    scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
+    return scale, getattr(text, "final_logit_softcapping", None)

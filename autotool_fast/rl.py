@@ -84,20 +84,22 @@ class ResponseTokens:
     think_mask: torch.Tensor
 
     @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], chat: ChatFormat) -> ResponseTokens:
-        """Collect them; the order of tokens is that of `packed_logp_entropy` on the same trajectories."""
+    def of(
+        cls, trajectories: Sequence[Trajectory], chat: ChatFormat, device: torch.device | str = "cpu"
+    ) -> ResponseTokens:
+        """Collect them on `device`; the order of tokens is that of `packed_logp_entropy` on the same trajectories."""
         sampled = [t.source == SOURCE_SAMPLED for t in trajectories]
         marks = [_marks(t, chat) for t in trajectories]
 
         def join(values: list[np.ndarray]) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate([v[s] for v, s in zip(values, sampled, strict=True)]))
+            return torch.from_numpy(np.concatenate([v[s] for v, s in zip(values, sampled, strict=True)])).to(device)
 
         lengths = np.array([int(s.sum()) for s in sampled])
         return cls(
             old_logp=join([t.logp for t in trajectories]),
             entropy=join([t.entropy for t in trajectories]),
-            cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
-            is_short=torch.tensor([t.length_class for t in trajectories]),
+            cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
+            is_short=torch.tensor([t.length_class for t in trajectories], device=device),
             mode_mask=join([mode for mode, _ in marks]),
             think_mask=join([think for _, think in marks]),
         )
@@ -220,14 +222,15 @@ class PolicyTrainer:
         in_loss = torch.ones_like(constant) if self.settings.constant_groups == "entropy" else ~constant
         lengths = torch.tensor([int((t.source == SOURCE_SAMPLED).sum()) for t in trajectories])
         parts, stats, mismatch, loss_sum = [], EntropyStats(), [], 0.0
+        device = self.state.model.device
         for chosen in by_tokens([len(t.ids) for t in trajectories], self.config.rl.micro_tokens):
             part = [trajectories[i] for i in chosen]
-            tokens = ResponseTokens.of(part, self.chat)
+            tokens = ResponseTokens.of(part, self.chat, device)
             with self.timer.phase("logprob"):
                 sampled = torch.from_numpy(np.concatenate([t.source == SOURCE_SAMPLED for t in part]))
                 logp, entropy = packed_logp_entropy(
                     self.state.model,
-                    pack([t.ids for t in part]),
+                    pack([t.ids for t in part], device),
                     sampled,
                     temperature=self.config.rl.temperature,
                 )
@@ -236,7 +239,7 @@ class PolicyTrainer:
                     logp,
                     tokens.old_logp,
                     entropy,
-                    advantages[chosen],
+                    advantages[chosen].to(device),
                     tokens.cu_seqlens,
                     torch.ones_like(tokens.mode_mask),
                     tokens.is_short,
@@ -244,7 +247,7 @@ class PolicyTrainer:
                     self.settings,
                     mode_mask=tokens.mode_mask,
                     think_mask=tokens.think_mask,
-                    constant=constant[chosen],
+                    constant=constant[chosen].to(device),
                     n_tokens_global=int(lengths[in_loss].sum()),
                     n_sequences_global=int(in_loss.sum()),
                 )

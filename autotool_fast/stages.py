@@ -73,6 +73,7 @@ class Pipeline:
         self.tokenizer = build_tokenizer()
         self.chat = ChatFormat(self.tokenizer)
         self.limits = rollout_limits(self.config.rollout)
+        self.device = torch.device(self.config.device)
 
     def load(self, name: str) -> PreTrainedModel:
         """A model that an earlier stage saved."""
@@ -80,7 +81,7 @@ class Pipeline:
         if not (folder / "config.json").exists():
             stage = next(stage for stage, model in MODEL_OF_STAGE.items() if model == name)
             raise UserError("is missing", where=str(folder), remedy=f"run stage {stage} first")
-        return load_model(folder)
+        return load_model(folder).to(self.device)
 
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Export a model as a Hugging Face folder, which is whole or absent."""
@@ -167,7 +168,7 @@ def base(p: Pipeline) -> dict[str, Any]:
     if config.reuse:
         p.save(_reused(Path(config.reuse), p), "base")
         return {"reused": config.reuse}
-    model = build_model(p.config.model, p.tokenizer, p.config.seed)
+    model = build_model(p.config.model, p.tokenizer, p.config.seed).to(p.device)
 
     def batch(step: int) -> list[Demonstration]:
         rng = np.random.default_rng([p.config.seed, step])

@@ -71,7 +71,8 @@ def sft_backward(
     for part in by_tokens([len(demo.ids) for demo in batch], micro_tokens):
         demos = [batch[i] for i in part]
         trained = torch.from_numpy(np.concatenate([demo.trained for demo in demos]))
-        logp = packed_logp_entropy(model, pack([demo.ids for demo in demos]), trained, backend=backend).logp
+        packed = pack([demo.ids for demo in demos], model.device)
+        logp = packed_logp_entropy(model, packed, trained, backend=backend).logp
         loss = -logp.sum() / total
         loss.backward()
         loss_sum += loss.item()

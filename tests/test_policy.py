@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,6 +26,7 @@ from transformers import (
 
 import autotool_fast.policy as policy
 from autotool_fast.policy import attention, pack, packed_hidden, packed_logp_entropy
+from autotool_fast.rollout.engine import SlotEngine
 
 torch.set_num_threads(1)
 VOCAB = 23
@@ -293,8 +300,43 @@ def test_a_sliding_window_shorter_than_the_sequences_is_refused():
             )
 
 
-def test_a_head_with_a_bias_is_refused(qwen):
-    qwen.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB, dtype=torch.float64))
-    sequences = make_sequences([4])
-    with pytest.raises(ValueError, match="bias"):
-        packed(qwen, sequences, mark(sequences))
+FULL = {"num_key_value_heads": 2, "layer_types": ["full_attention"] * SIZES["num_hidden_layers"]}
+HEADS = {
+    "bias": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2)),
+    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=3.0)),
+    "multiplied": lambda: CohereForCausalLM(CohereConfig(**SIZES, num_key_value_heads=2, logit_scale=0.25)),
+    "capped": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, **FULL, head_dim=4, final_logit_softcapping=0.5, attn_logit_softcapping=None)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_a_model_does_to_its_logits_is_done_by_trainer_and_sampler(kind):
+    torch.manual_seed(0)
+    model = HEADS[kind]().double()
+    if kind == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB, dtype=torch.float64))
+    sequences = make_sequences([4, 9])
+    marks = mark(sequences)
+    expected = reference(model, sequences, marks)
+    result = packed(model, sequences, marks)
+    # Some of these models compute their norms in float32, whatever the weights' type.
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(tuple(result), expected, **close)
+    actual = gradients(model, result.logp.sum() - 2 * result.entropy.sum())
+    wanted = gradients(model, expected[0].sum() - 2 * expected[1].sum())
+    assert actual.keys() == wanted.keys()
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, wanted[name], **close)
+
+    engine = SlotEngine(model, slots=1, max_len=16)
+    with engine.session(stop_ids=(), temperature=1.0):
+        engine.submit(sequences[0], [0], np.array([5]), 8)
+        while not engine.step():
+            pass
+        ids, logp, entropy = (values.copy() for values in vars(engine.row(0)).values())
+    sampled = np.arange(len(ids)) >= 4
+    expected = reference(model, [ids], [sampled])
+    torch.testing.assert_close(torch.from_numpy(logp[sampled]).double(), expected[0], **close)
+    torch.testing.assert_close(torch.from_numpy(entropy[sampled]).double(), expected[1], **close)

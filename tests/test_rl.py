@@ -249,8 +249,8 @@ def test_sampled_tokens_reach_the_loss_unchanged(monkeypatch):
 
 
 def test_re_encoding_sampled_tokens_is_noticed(monkeypatch):
-    old = "pack([t.ids for t in part])"
-    new = "pack([np.array(self.chat.encode_text(self.chat.decode(t.ids))) for t in part])"
+    old = "pack([t.ids for t in part], device)"
+    new = "pack([np.array(self.chat.encode_text(self.chat.decode(t.ids))) for t in part], device)"
     source = Path(rl_module.__file__).read_text()
     assert source.count(old) == 1, "point this at the new form of the call"
     mutant = types.ModuleType("autotool_fast.rl")

@@ -270,7 +270,7 @@ def test_models_it_cannot_serve_are_refused():
         head_dim=8,
         layer_types=["full_attention"] * 2,
     )
-    with pytest.raises(UserError, match="final_logit_softcapping"):
+    with pytest.raises(UserError, match="attn_logit_softcapping"):
         SlotEngine(Gemma2ForCausalLM(config), slots=2, max_len=64)
 
 

@@ -97,6 +97,16 @@ def test_all_stages_leave_their_results(complete):
     assert stages == {"rl", "eval"}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_stages_run_on_a_gpu(tmp_path, preset):
+    assert main(["--preset", preset, "--out", str(tmp_path / "run"), "--device", "cuda"]) == 0
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["stage"] == "rl"]
+    assert len(rows) == 5
+    # Two float32 forward passes in different batch shapes, by cuBLAS (no TF32 by default).
+    assert all(row["mismatch/max"] <= 1e-4 for row in rows)
+
+
 @pytest.mark.slow
 def test_the_rl_rows_hold_the_measurements_of_the_method(complete):
     rows = [row for row in read_rows(complete / "metrics.jsonl") if row["stage"] == "rl"]
@@ -415,6 +425,11 @@ def contents(out: Path) -> dict[str, bytes]:
         (["--overwrite", "--base.reuse", "nowhere"], "holds no model"),
         (["--overwrite", "--base.reuse", "{out}/models/base"], "is inside the run that --overwrite removes"),
         (["--overwrite", "--world.families", "hop", "--world.max-difficulty", "0"], "world.max_difficulty"),
+        pytest.param(
+            ["--overwrite", "--device", "cuda"],
+            "error: device: torch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_a_refused_command_leaves_an_existing_run_as_it_is(tmp_path, capsys, argv, part):

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from autotool_fast.errors import UserError
+from autotool_fast.policy import logit_options
 from autotool_fast.rollout.attention import ATTENTION_NAME, SlotCache, plan_batch
 
 _FREE = -1
@@ -68,7 +69,7 @@ class SlotEngine:
 
     Args:
         model: a causal decoder whose attention goes through `AttentionInterface`, with full attention in
-            every layer and a plain linear head.
+            every layer and a linear head (with bias, scale or soft cap as the model has them).
         slots: sequences decoded at once.
         max_len: tokens a slot can hold.
         prefill_chunk: most tokens of one sequence that enter the model per step.
@@ -87,9 +88,9 @@ class SlotEngine:
             )
         if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
             raise UserError("the model has layers without full attention", where="model")
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise UserError(f"the model transforms its logits ({name})", where="model")
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            raise UserError("the model caps its attention logits (attn_logit_softcapping)", where="model")
+        self._scale, self._softcap = logit_options(config)
         self.model = model
         self.max_len = max_len
         self.prefill_chunk = prefill_chunk
@@ -258,10 +259,17 @@ class SlotEngine:
         last = np.concatenate([np.arange(decode.size), decode.size + ends - 1])
         read = self._cached[slots] == self._length[slots]
         slots, last = slots[read], last[read]
-        logits = self.model.get_output_embeddings()(hidden[torch.from_numpy(last).to(device)])  # [rows, V]
+        logits = self._logits(hidden[torch.from_numpy(last).to(device)])  # [rows, V]
         if self._leader:
             slots, logits = self._share_prompts(slots, logits)
         return self._sample(slots, logits)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits [rows, V] of hidden states [rows, H]."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     def _share_prompts(self, slots: np.ndarray, logits: Tensor) -> tuple[np.ndarray, Tensor]:
         """Hand finished prompts to the rows waiting for them; returns all rows to sample and their logits."""
