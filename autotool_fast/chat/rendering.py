@@ -239,19 +239,20 @@ class ChatFormat:
         A prompt must open every longer conversation, and a continuation must not depend on what came before it: tools
         or none, a system message, earlier turns, a reply that thinks or calls or does neither.
         """
+        prompt = self._render([_USER], [_TOOL])
+        if prompt.rstrip().endswith("<think>"):
+            raise self._refusal("opens a think block before the reply can name its mode", "does not")
         for messages in _FOLLOWERS:
             expected = next(self._turns([_USER], messages, [_TOOL]))[1]
             for opening in _OPENINGS:
-                for tools in ([_TOOL], None):
-                    prompt = self._render(opening[: opening.index(_USER) + 1], tools)
+                # Without tools there are no results; some models have another template for such conversations.
+                for tools in ([_TOOL],) if messages[0]["role"] == "tool" else ([_TOOL], None):
+                    start = self._render(opening[: opening.index(_USER) + 1], tools)
                     for text, continuation in self._turns(opening, messages, tools):
-                        if continuation != expected or not text.startswith(prompt):
+                        if continuation != expected or not text.startswith(start):
                             raise self._refusal("rewrites earlier turns", "appends")
-        prompt = self._render([_USER], [_TOOL])
         if prompt == self._render([_USER], [_TOOL], generate=False):
             raise self._refusal("writes no header for the assistant's turn", "does")
-        if prompt.rstrip().endswith("<think>"):
-            raise self._refusal("opens a think block before the reply can name its mode", "does not")
         if _TOOL["function"]["name"] not in prompt:
             raise self._refusal("does not show the tools", "does")
 
