@@ -34,13 +34,13 @@ def op_calls():
     head = (bias, temperature, 1.0, 0.5, 2.0, -100, "auto")
     # Two stored rows and a recomputed rest.
     outputs = OPS.linear_logp_entropy(*plain, target, *head, 2 * 9 * 4)
-    logit_stats = OPS.logits_logp_entropy(plain[0], target.clamp(max=3), 1.0, None, -100, "auto")
+    logit_stats = OPS.logits_logp_entropy(plain[0], target.clamp(max=3), 1.0, None, -100, "auto", False)
     grads = torch.randn(6), torch.randn(6)
     logp, old, entropy, *rest = policy_args()
     return {
         "linear_logp_entropy": (hidden, weight, target, bias.clone().requires_grad_(), *head[1:], 2 * 9 * 4),
         "linear_logp_entropy_backward": (*grads, *plain, target, *outputs[1:], *head, True, False, True),
-        "logits_logp_entropy": (hidden, target.clamp(max=3), 0.5, None, -100, "auto"),
+        "logits_logp_entropy": (hidden, target.clamp(max=3), 0.5, None, -100, "auto", False),
         "logits_logp_entropy_backward": (
             None, grads[1], plain[0], target.clamp(max=3), *logit_stats[1:], 1.0, None, -100, "auto"
         ),

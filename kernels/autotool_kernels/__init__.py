@@ -6,19 +6,26 @@ transformers.
 """
 
 from .api import linear_logp_entropy, logits_logp_entropy, policy_loss, sample_logp_entropy
+from .chunked import Chunk, chunked_policy_step
 from .dispatch import Backend, Choice, backends, choose
-from .results import LogpEntropy, PolicyLoss, SampledTokens
+from .results import ChunkedStep, LogpEntropy, PolicyLoss, SampledTokens
+from .vocab_parallel import merge_vocab_parallel, vocab_parallel_linear_logp_entropy
 
 __all__ = [
     "Backend",
     "Choice",
+    "Chunk",
+    "ChunkedStep",
     "LogpEntropy",
     "PolicyLoss",
     "SampledTokens",
     "backends",
     "choose",
+    "chunked_policy_step",
     "linear_logp_entropy",
     "logits_logp_entropy",
+    "merge_vocab_parallel",
     "policy_loss",
     "sample_logp_entropy",
+    "vocab_parallel_linear_logp_entropy",
 ]

@@ -52,8 +52,7 @@ def linear_logp_entropy(
     """
     check_linear(hidden, weight, target, bias)
     softcap = check_head(logit_scale, softcap)
-    if not isinstance(store_bytes, int) or store_bytes < 0:
-        raise ValueError(f"store_bytes must be a number of bytes, 0 or more: got {store_bytes!r}")
+    store_bytes = check_store(store_bytes)
     scale, row_temperature = scaling(temperature, hidden)
     wanted = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -71,18 +70,34 @@ def logits_logp_entropy(
     *,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> LogpEntropy:
     """Log-probability of `target` and entropy of softmax(logits / temperature), with gradients to logits.
 
     logits may have any row stride and may hold -inf (a masked token has probability 0 and adds nothing to
-    the entropy). Everything else as in `linear_logp_entropy`.
+    the entropy).
+
+    inplace_backward: the backward overwrites the logits with their gradient, which saves the memory of another
+    N x V. Then the logits must come from an operation that does not need its own output, as a matrix product
+    (a leaf or an expanded tensor is refused), and a second backward, or another one that saved the logits, fails
+    with PyTorch's error about a modified tensor. Inside torch.compile the flag has no effect: the compiler
+    plans the memory itself.
+
+    Everything else as in `linear_logp_entropy`.
     """
     _check_rows("logits", logits, target)
     if logits.shape[1] < 1:
         raise ValueError("logits must have at least one column")
+    if inplace_backward and logits.requires_grad and logits.is_leaf:
+        raise ValueError("logits must not be a leaf that requires a gradient when inplace_backward=True")
+    if inplace_backward and any(step == 0 < size - 1 for step, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError("logits must not be expanded when inplace_backward=True: rows or columns share their memory")
+    inplace = inplace_backward and not torch.compiler.is_compiling()
     scale, row_temperature = scaling(temperature, logits)
-    logp, entropy, _, _ = ops.logits_logp_entropy(logits, target, scale, row_temperature, ignore_index, backend)
+    logp, entropy, _, _ = ops.logits_logp_entropy(
+        logits, target, scale, row_temperature, ignore_index, backend, inplace
+    )
     return LogpEntropy(logp, entropy)
 
 
@@ -207,6 +222,12 @@ def check_head(logit_scale: float, softcap: float | None) -> float:
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be positive and finite, or None: got {softcap}")
     return 0.0 if softcap is None else float(softcap)
+
+
+def check_store(store_bytes: int) -> int:
+    if not isinstance(store_bytes, int) or store_bytes < 0:
+        raise ValueError(f"store_bytes must be a number of bytes, 0 or more: got {store_bytes!r}")
+    return store_bytes
 
 
 def _check_rows(name: str, rows: Tensor, target: Tensor) -> None:

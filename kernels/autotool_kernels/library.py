@@ -29,7 +29,7 @@ SCHEMAS = (
     f"linear_logp_entropy_backward({_GRADS}, Tensor hidden, Tensor weight, Tensor target, Tensor entropy, "
     f"Tensor row_max, Tensor log_sum, Tensor store_logits, Tensor store_max, {_HEAD}, bool need_hidden, "
     "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    f"logits_logp_entropy(Tensor logits, Tensor target, {_SCALING}) -> {_STATS}",
+    f"logits_logp_entropy(Tensor logits, Tensor target, {_SCALING}, bool inplace_backward) -> {_STATS}",
     f"logits_logp_entropy_backward({_GRADS}, Tensor logits, Tensor target, Tensor entropy, Tensor row_max, "
     f"Tensor log_sum, {_SCALING}) -> Tensor",
     f"logits_logp_entropy_backward_({_GRADS}, Tensor(a!) logits, Tensor target, Tensor entropy, Tensor row_max, "
@@ -103,7 +103,7 @@ def linear_logp_entropy_backward(
 
 
 @_register("run")
-def logits_logp_entropy(logits, target, temperature, row_temperature, ignore_index, backend):
+def logits_logp_entropy(logits, target, temperature, row_temperature, ignore_index, backend, inplace_backward):
     run = implementation("logits_logp_entropy", logits.device.type, logits.dtype, backend)
     return tuple(run(logits, target, temperature, row_temperature, ignore_index))
 
@@ -160,7 +160,7 @@ def linear_logp_entropy_backward_fake(grad_logp, grad_entropy, hidden, weight, *
 
 
 @_register("fake")
-def logits_logp_entropy_fake(logits, target, temperature, row_temperature, ignore_index, backend):
+def logits_logp_entropy_fake(logits, target, temperature, row_temperature, ignore_index, backend, inplace_backward):
     dtype = compute_dtype(logits.dtype)
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4))
 
@@ -216,7 +216,7 @@ def _linear_gradient(ctx, grad_logp: Tensor | None, grad_entropy: Tensor | None,
 
 
 def _save_logits(ctx, inputs, output):
-    logits, target, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend = inputs
+    logits, target, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend, ctx.inplace = inputs
     _, entropy, row_max, log_sum = output
     ctx.save_for_backward(logits, target, entropy, row_max, log_sum, row_temperature)
     ctx.mark_non_differentiable(row_max, log_sum)
@@ -225,10 +225,17 @@ def _save_logits(ctx, inputs, output):
 
 def _logits_gradient(ctx, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_):
     *saved, row_temperature = ctx.saved_tensors
-    dz = ops.logits_logp_entropy_backward(
+    arguments = (
         grad_logp, grad_entropy, *saved, ctx.temperature, row_temperature, ctx.ignore_index, ctx.backend
-    )
-    return dz, None, None, None, None, None
+    )  # fmt: skip
+    if ctx.inplace:
+        ops.logits_logp_entropy_backward_(*arguments)
+        # The op runs below autograd: whoever saved the logits must notice that they are gone.
+        torch.autograd.graph.increment_version(saved[0])
+        dz = saved[0].detach()
+    else:
+        dz = ops.logits_logp_entropy_backward(*arguments)
+    return dz, *[None] * 6
 
 
 def _save_policy(ctx, inputs, output):

@@ -87,10 +87,14 @@ def store_tiles(v: int, dtype: torch.dtype) -> int:
     return -(-v // STORE_TILE) if dtype != compute_dtype(dtype) else 0
 
 
+def store_row_bytes(v: int, dtype: torch.dtype) -> int:
+    """Bytes of one stored row."""
+    return v * store_dtype(dtype).itemsize + 4 * store_tiles(v, dtype)
+
+
 def stored_rows(n: int, v: int, dtype: torch.dtype, store_bytes: int) -> int:
     """How many of n rows of v logits fit into `store_bytes`; n may be symbolic."""
-    row = v * store_dtype(dtype).itemsize + 4 * store_tiles(v, dtype)
-    return torch.sym_min(n, store_bytes // row) if store_bytes else 0
+    return torch.sym_min(n, store_bytes // store_row_bytes(v, dtype)) if store_bytes else 0
 
 
 def new_store(like: Tensor, n: int, v: int, store_bytes: int) -> Store:
@@ -114,9 +118,7 @@ def merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) ->
     return m, s, u
 
 
-def select_rows(
-    target: Tensor, v: int, ignore_index: int, *grads: Tensor | None, ordered: bool = False
-) -> Rows:
+def select_rows(target: Tensor, v: int, ignore_index: int, *grads: Tensor | None, ordered: bool = False) -> Rows:
     """The rows that need work: in a forward the live ones, in a backward those with a gradient besides.
 
     `ordered` (something is stored): live rows come first on every device, and know their place in the store.

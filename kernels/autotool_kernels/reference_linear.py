@@ -88,7 +88,10 @@ def linear_backward(
     need_bias: bool = False,
     weight_sum: Tensor | None = None,  # [V, H] compute dtype: dW is added to it, and None returned in its place
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, dbias), each only if needed. A label outside the vocabulary has no column and adds no 1[j = y]."""
+    """(dX, dW, dbias), each only if needed; with weight_sum dbias is not rounded either.
+
+    A label outside the vocabulary has no column here and adds no 1[j = y].
+    """
     v = weight.shape[0]
     dtype = compute_dtype(hidden.dtype)
     keep = store.logits.shape[0]
@@ -135,7 +138,9 @@ def linear_backward(
         dx = dx.to(hidden.dtype)
         if rows.index is not None:
             dx = torch.zeros(hidden.shape, dtype=dx.dtype, device=dx.device).index_copy_(0, rows.index, dx)
-    return dx, dw, dbias if dbias is None else dbias.to(head.bias.dtype)
+    if need_bias and weight_sum is None:
+        dbias = dbias.to(head.bias.dtype)
+    return dx, dw, dbias
 
 
 def _operand(rows: Rows, hidden: Tensor, mask: bool) -> Tensor:

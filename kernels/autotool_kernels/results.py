@@ -28,3 +28,11 @@ class SampledTokens(NamedTuple):
     token: Tensor  # [B] int64
     logp: Tensor  # [B]
     entropy: Tensor  # [B]
+
+
+class ChunkedStep(NamedTuple):
+    """Loss of a packed batch whose gradients are already computed, and its per-token statistics."""
+
+    loss: Tensor  # [] sum of the chunks' losses; its backward only scales the gradients
+    logp: Tensor  # [N] detached
+    entropy: Tensor  # [N] detached
