@@ -107,19 +107,23 @@ def own_providers(problem: Problem) -> list[Provider | Absent]:
 
 
 def _chunked(problem: Problem, backend: str) -> Provider:
-    """Sixteen sequences; the loss is the same weighted mean over the active rows that `upstream` describes."""
+    """Sixteen sequences; the loss has the problem's upstream gradients."""
     n, active = problem.shape[0], max(1, len(problem.live))
-    bounds = torch.linspace(0, n, min(16, max(1, n)) + 1).long().to(problem.hidden.device)
+    bounds = torch.linspace(0, n, min(16, max(1, n)) + 1).long().tolist()
+    upstream = {entropy: problem.upstream(entropy, True) for entropy in (False, True)}
 
     def run(hidden: Tensor, weight: Tensor, target: Tensor, entropy: bool) -> Outputs:
-        def loss(logp: Tensor, h: Tensor, *_: Any) -> Tensor:
-            return (logp.sum() + h.sum() if entropy else logp.sum()) / active
+        g, h = upstream[entropy]
+
+        def loss(logp: Tensor, entropies: Tensor, chunk: Any) -> Tensor:
+            value = (logp * g[chunk.tokens]).sum()
+            return value if h is None else value + (entropies * h[chunk.tokens]).sum()
 
         step = autotool_kernels.chunked_policy_step(hidden, weight, target, bounds, loss)
         return Outputs(step.logp, step.entropy, total=step.loss * active)
 
     how = f"backend {backend}, chunked_policy_step over 16 sequences, gradients during the forward, 6NHV"
-    return Provider("autotool_chunked", run, how, per_token=False, compact=False)
+    return Provider("autotool_chunked", run, how, compact=False)
 
 
 class Contest:

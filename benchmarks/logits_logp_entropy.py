@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.measure import Call, interleaved, one_line
-from benchmarks.peers import Absent, Outputs, Provider, logits_peers
+from benchmarks.peers import Absent, Outputs, Provider, logits_peers, own_backends
 from benchmarks.problems import DATA, IGNORE, make_problem, max_error, relative_error
 from benchmarks.report import (
     TIME_COLUMNS,
@@ -61,8 +61,6 @@ NOTE = (
 
 def own_providers(device: torch.device, dtype: torch.dtype) -> list[Provider | Absent]:
     """Each of our backends that can serve, and the in-place backward if the package has it."""
-    op = "logits_logp_entropy"
-    found: list[Provider | Absent] = []
     parameters = inspect.signature(autotool_kernels.logits_logp_entropy).parameters
 
     def run(backend: str, **options: Any):
@@ -71,18 +69,16 @@ def own_providers(device: torch.device, dtype: torch.dtype) -> list[Provider | A
 
         return call
 
-    for backend in ("torch", "triton", "cuda"):
+    able, absent = own_backends("logits_logp_entropy", device, dtype)
+    found: list[Provider | Absent] = []
+    for backend in able:
         name = f"autotool_{backend}"
-        try:
-            autotool_kernels.choose(op, device.type, backend, dtype)
-        except ValueError as reason:
-            found.append(Absent(name, str(reason)))
-            continue
         found.append(Provider(name, run(backend), f"backend {backend}", compact=False))
         if "inplace_backward" in parameters:
             how = f"backend {backend}, gradient written over the logits"
-            found.append(Provider(f"{name}_inplace", run(backend, inplace_backward=True), how, compact=False,
-                                  consumes=True))  # fmt: skip
+            call = run(backend, inplace_backward=True)
+            found.append(Provider(f"{name}_inplace", call, how, compact=False, consumes=True))
+    found += [Absent(f"autotool_{backend}", why) for backend, why in absent.items()]
     return found
 
 
@@ -125,7 +121,7 @@ class Batch:
     def input(self, provider: Provider, i: int) -> Tensor:
         """The i-th turn's logits; a fresh copy for a backward that destroys them."""
         logits = self.copies[i % len(self.copies)]
-        return logits.detach().clone().requires_grad_() if provider.consumes else logits
+        return logits.clone() if provider.consumes else logits  # a clone of a leaf, as a model's logits are
 
     def outputs(self, provider: Provider, logits: Tensor, entropy: bool) -> Outputs:
         """One forward; the active rows alone for those who would compute the others too."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import autotool_kernels
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -76,6 +77,22 @@ def collect(adapters: dict[str, Callable[[], Provider]]) -> list[Provider | Abse
         except Exception as error:  # whatever a package does while it is imported
             found.append(Absent(name, one_line(error)))
     return found
+
+
+def own_backends(op: str, device: torch.device, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
+    """Backends of ours that serve the op here, and why the others do not; an interpreted kernel is not timed."""
+    able, absent = [], {}
+    for backend in autotool_kernels.dispatch.NAMES:
+        try:
+            autotool_kernels.choose(op, device.type, backend, dtype)
+        except ValueError as reason:
+            absent[backend] = str(reason)
+            continue
+        if device.type == "cpu" and backend == "triton":
+            absent[backend] = "Triton's interpreter is for tests"
+        else:
+            able.append(backend)
+    return able, absent
 
 
 def linear_peers(device: torch.device, dtype: torch.dtype, verl: Path | None = None) -> list[Provider | Absent]:

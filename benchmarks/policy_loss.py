@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.measure import Call, graphed, interleaved, one_line
+from benchmarks.peers import own_backends
 from benchmarks.problems import relative_error
 from benchmarks.report import TIME_COLUMNS, Column, Report, Row, common_parser, set_up, small, timed, wanted
 
@@ -83,9 +84,9 @@ def plain_loss(logp: Tensor, entropy: Tensor, old: Tensor, batch: Batch) -> Tens
     zeros = torch.zeros_like(batch.advantages, dtype=logp.dtype)
     count = zeros.index_add(0, sequence, mask)
     mean = zeros.index_add(0, sequence, entropy.detach() * mask) / count.clamp(min=1)
-    short = batch.is_short == 1
-    target = torch.where(short, TARGET_SHORT, TARGET_LONG)
-    beta = torch.where(short, BETA_SHORT, BETA_LONG).to(logp.dtype) * (mean <= target)
+    short = batch.is_short.to(logp.dtype)
+    target = short * TARGET_SHORT + (1 - short) * TARGET_LONG
+    beta = (short * BETA_SHORT + (1 - short) * BETA_LONG) * (mean <= target)
     rho = torch.where(batch.mask, logp - old, 0).exp()
     advantage = batch.advantages.to(logp.dtype)[sequence]
     clipped = rho.clamp(1 - CLIP, 1 + CLIP)
@@ -113,19 +114,15 @@ def own_step(batch: Batch, backend: str) -> Result:
 
 def providers(device: torch.device) -> tuple[dict[str, Callable[[Batch], Result]], dict[str, str]]:
     """Steps by name, and the reasons of those that cannot run here."""
-    steps: dict[str, Callable[[Batch], Result]] = {}
-    absent: dict[str, str] = {}
-    for backend in ("torch", "triton", "cuda"):
-        try:
-            autotool_kernels.choose("policy_loss", device.type, backend)
-            steps[f"autotool_{backend}"] = lambda batch, backend=backend: own_step(batch, backend)
-        except ValueError as reason:
-            absent[f"autotool_{backend}"] = str(reason)
+    able, absent = own_backends("policy_loss", device, torch.float32)
+    steps: dict[str, Callable[[Batch], Result]] = {
+        f"autotool_{backend}": lambda batch, backend=backend: own_step(batch, backend) for backend in able
+    }
     steps["eager"] = lambda batch: plain_step(plain_loss, batch)
     torch._dynamo.reset()
     compiled = torch.compile(plain_loss, dynamic=False)
     steps["compile"] = lambda batch: plain_step(compiled, batch)
-    return steps, absent
+    return steps, {f"autotool_{backend}": why for backend, why in absent.items()}
 
 
 def launches(run: Callable[[], Any]) -> int | None:

@@ -1,19 +1,29 @@
-"""`make bench`: every benchmark of this folder, one after the other, each in a process of its own."""
+"""`make bench`: every benchmark of this folder, one after the other, each in a process of its own.
+
+Those of the kernels run in their quick form; their full forms are for a machine with a GPU.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-SCRIPTS = ("collapse", "default_run")
+SCRIPTS = (
+    ("linear_logp_entropy", "--quick"),
+    ("logits_logp_entropy", "--quick"),
+    ("policy_loss", "--quick"),
+    ("sample_logp_entropy", "--quick"),
+    ("collapse",),
+    ("default_run",),
+)
 
 
 def main() -> int:
     """Run them all; the exit code is the first one that is not 0."""
     codes = []
-    for name in SCRIPTS:
+    for name, *options in SCRIPTS:
         print(f"\n== benchmarks.{name}", flush=True)
-        codes.append(subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode)
+        codes.append(subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *options], check=False).returncode)
     return next((code for code in codes if code), 0)
 
 

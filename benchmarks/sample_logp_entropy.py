@@ -4,8 +4,9 @@
 
 GB/s counts one read of the logits, which is all that the op needs, the same for everybody; the next column divides it
 by the bandwidth of a large copy measured here. Inputs rotate through copies of the logits larger than the caches.
-Modes: nograd (as called) and graph (inside a CUDA graph of 20 calls on rotating inputs; a GPU only). Errors are those of log-prob and entropy
-at the token that was drawn, against float64; whether tokens follow the distribution is for the tests.
+Modes: nograd (as called) and graph (inside a CUDA graph of 20 calls on rotating inputs; a GPU only). Errors are those
+of log-prob and entropy at the token that was drawn, against float64; whether tokens follow the distribution is for the
+tests.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn import functional
 from benchmarks import measure
 from benchmarks.logits_logp_entropy import CACHES
 from benchmarks.measure import Call, graphed, interleaved, one_line
+from benchmarks.peers import own_backends
 from benchmarks.problems import make_problem, max_error
 from benchmarks.report import TIME_COLUMNS, Column, Report, Row, common_parser, percent, set_up, small, timed, wanted
 
@@ -67,21 +69,19 @@ def plain_gumbel(logits: Tensor, seed: Tensor, offset: Tensor) -> Drawn:
 
 def samplers(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Sampler], dict[str, str]]:
     """Samplers by name, and the reasons of those that cannot run here."""
-    found: dict[str, Sampler] = {}
-    absent: dict[str, str] = {}
-    for backend in ("torch", "triton", "cuda"):
-        try:
-            autotool_kernels.choose("sample_logp_entropy", device.type, backend, dtype)
-        except ValueError as reason:
-            absent[f"autotool_{backend}"] = str(reason)
-            continue
-        found[f"autotool_{backend}"] = lambda z, seed, offset, backend=backend: Drawn(
-            *autotool_kernels.sample_logp_entropy(z, seed=seed, offset=offset, backend=backend)
-        )
+    able, absent = own_backends("sample_logp_entropy", device, dtype)
+
+    def own(backend: str) -> Sampler:
+        def sample(logits: Tensor, seed: Tensor, offset: Tensor) -> Drawn:
+            return Drawn(*autotool_kernels.sample_logp_entropy(logits, seed=seed, offset=offset, backend=backend))
+
+        return sample
+
+    found = {f"autotool_{backend}": own(backend) for backend in able}
     torch._dynamo.reset()
     found["eager"] = plain_sample
     found["compile"] = torch.compile(plain_gumbel, dynamic=False)
-    return found, absent
+    return found, {f"autotool_{backend}": why for backend, why in absent.items()}
 
 
 def run_contest(

@@ -1,0 +1,459 @@
+"""The kernels' benchmarks: what they measure is what they say, a broken contestant is seen, and gpu_check runs here."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernels_oracle
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import (
+    checks,
+    gpu_check,
+    linear_logp_entropy,
+    logits_logp_entropy,
+    measure,
+    peers,
+    policy_loss,
+    problems,
+    report,
+    sample_logp_entropy,
+)
+from benchmarks.peers import Absent, Outputs, Provider
+
+CPU = torch.device("cpu")
+SCRIPTS = {
+    linear_logp_entropy: ["--shapes", "32x300", "--tokens", "64", "--modes", "nograd", "both"],
+    logits_logp_entropy: ["--vocab", "300", "--rows", "32", "--data", "random"],
+    policy_loss: ["--tokens", "256", "--sequences", "8"],
+    sample_logp_entropy: ["--vocab", "300", "--batch", "4"],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    """Canary and copy of a size that costs nothing; what they measure is tested by itself."""
+    monkeypatch.setitem(measure.CANARY_SIZE, "cpu", 32)
+    monkeypatch.setattr(measure, "copy_gb_s", lambda device, size=None: 10.0)
+    yield
+    measure.keep_freed_memory(False)
+
+
+def problem(data: str = "random", active: float = 1.0, zero: float = 0.0, n: int = 96) -> problems.Problem:
+    return problems.make_problem(n, 32, 300, torch.float32, CPU, data, active, zero)
+
+
+def contest(providers: list, modes=("both",), gradients=("logp+entropy",), case=None) -> dict[str, dict]:
+    case = case or problem(active=0.55, zero=0.3)
+    reference = problems.Reference(case)
+    rows = linear_logp_entropy.run_contest(case, reference, providers, modes, gradients, 2, 60.0, 0.1)
+    return {row["provider"]: row for row in rows}
+
+
+def eager(name: str = "eager", **changes) -> Provider:
+    return Provider(name, changes.pop("run", peers.eager_linear), "", **changes)
+
+
+def test_peaked_rows_have_the_entropies_they_promise():
+    """Median near 0.3 nat and about 20 % above 1 nat: 3000 rows give the median to 0.02 and the share to 0.01; the
+    rest is the approximation of the other tokens' entropy."""
+    reference = problems.Reference(problems.make_problem(3000, 256, 4000, torch.float32, CPU, "peaked"))
+    assert reference.median_entropy == pytest.approx(0.3, abs=0.05)
+    assert reference.above_one_nat == pytest.approx(0.2, abs=0.05)
+    assert reference.logp.exp().mean().item() > 0.5  # targets are mostly the row's own token
+
+
+def test_random_rows_are_near_uniform():
+    assert problems.Reference(problem()).median_entropy > 4.5  # ln 300 - 1/2 = 5.2
+
+
+def test_shares_are_those_asked_for_and_inactive_rows_get_no_gradient():
+    case = problem(active=0.55, zero=0.3, n=2000)
+    assert len(case.live) / 2000 == pytest.approx(0.55, abs=0.04)  # whole spans of 64
+    off = case.target == problems.IGNORE
+    assert torch.equal(off.nonzero()[:, 0], torch.tensor(sorted(set(range(2000)) - set(case.live.tolist()))))
+    assert case.paid[case.live].mean().item() == pytest.approx(0.7, abs=0.06)
+    for entropy, per_token in ((True, True), (False, False)):
+        assert not case.upstream(entropy, per_token).logp[off].any()
+    assert linear_logp_entropy.useful_flops(case, "both") == pytest.approx(
+        (2 * len(case.live) + 4 * case.paid.sum().item()) * 32 * 300
+    )
+
+
+def test_the_reference_is_autograd_in_float64():
+    case = problem("peaked", 0.55, 0.3)
+    reference = problems.Reference(case, rows=1000, columns=1000)
+    hidden, weight = (t.double().requires_grad_() for t in (case.hidden, case.weight))
+    log_p = (hidden @ weight.t()).log_softmax(-1)
+    logp = log_p.gather(1, case.target.clamp(min=0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    up = case.upstream(True, True)
+    grads = torch.autograd.grad([logp, entropy], [hidden, weight], [up.logp.double(), up.entropy.double()])
+    dx, dw = reference.gradients(True, True)
+    assert problems.max_error(reference.logp, logp.detach()[case.live]) < 1e-12
+    assert problems.max_error(reference.entropy, entropy.detach()[case.live]) < 1e-12
+    assert problems.relative_error(dx, grads[0][reference.rows]) < 1e-12
+    assert problems.relative_error(dw, grads[1][reference.columns]) < 1e-12
+
+
+def test_ours_and_eager_agree_with_float64_and_schedules_that_are_missing_are_said():
+    case = problem("peaked", 0.55, 0.3)
+    ours = linear_logp_entropy.own_providers(case)
+    assert {p.name for p in ours} == {"autotool_recompute", "autotool_store", "autotool_chunked"}
+    rows = contest([*ours, eager()], case=case)
+    for provider in (*ours, eager()):
+        row = rows[provider.name]
+        if isinstance(provider, Absent):
+            assert row["error"] == provider.why
+            continue
+        assert "error" not in row, row
+        # float32: logits of order 10 round to 1e-6, gradients are sums of a few hundred such terms
+        limits = {"dlogp": 1e-5, "dentropy": 2e-5, "dx": 1e-5, "dw": 1e-5}
+        assert all(row[key] < limit for key, limit in limits.items() if key in row), row
+        assert row["dx"] >= 0
+        assert row["dw"] >= 0
+
+
+def shifted(key: str):
+    """Eager, with one result off by a hundredth: values absolutely, gradients relatively."""
+
+    def run(hidden, weight, target, entropy):
+        if key == "dx":
+            hidden = 1.01 * hidden - 0.01 * hidden.detach()
+        if key == "dw":
+            weight = 1.01 * weight - 0.01 * weight.detach()
+        out = peers.eager_linear(hidden, weight, target, entropy)
+        return Outputs(out.logp + 1e-2 * (key == "dlogp"), out.entropy + 1e-2 * (key == "dentropy"))
+
+    return run
+
+
+@pytest.mark.parametrize("key", ["dlogp", "dentropy", "dx", "dw"])
+def test_an_error_of_a_hundredth_shows_in_its_column_alone(key):
+    row = contest([eager("wrong", run=shifted(key))])["wrong"]
+    assert row[key] == pytest.approx(1e-2, rel=0.01)  # float32 leaves 1e-5
+    assert all(row[other] < 1e-4 for other in {"dlogp", "dentropy", "dx", "dw"} - {key})
+
+
+def test_a_nan_is_no_small_error():
+    row = contest([eager("nan", run=lambda h, w, t, e: peers.eager_linear(h * torch.nan, w, t, e))])["nan"]
+    assert report.plain(row)["dlogp"] == "nan"
+    assert report.plain(row)["dw"] == "nan"
+    assert not checks._within({"dlogp": float("nan")}, torch.float32)[0]
+
+
+def test_an_op_with_a_gradient_for_the_sum_only_is_compared_with_that_gradient():
+    def total(hidden, weight, target, entropy):
+        return Outputs(None, total=peers.eager_linear(hidden, weight, target, False).logp.sum())
+
+    rows = contest([eager("sum", run=total, per_token=False, entropy=False)], gradients=("logp",))
+    assert rows["sum"]["dx"] < 1e-5
+    assert rows["sum"]["dw"] < 1e-5
+    assert "dlogp" not in rows["sum"]
+
+
+def test_a_failing_peer_is_a_row_and_the_others_are_measured():
+    def late(hidden, weight, target, entropy, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of something\nmore")
+        return peers.eager_linear(hidden, weight, target, entropy)
+
+    def broken(*_):
+        raise ValueError("never works")
+
+    rows = contest([eager("late", run=late), eager("broken", run=broken), Absent("gone", "not installed: x"), eager()])
+    assert rows["late"]["error"] == "RuntimeError: out of something"
+    assert rows["broken"]["error"] == "ValueError: never works"
+    assert rows["gone"]["error"] == "not installed: x"
+    assert rows["eager"]["ms"] > 0
+
+
+def test_a_peer_without_an_entropy_gradient_stays_out_of_that_table():
+    assert set(contest([eager("no", entropy=False), eager()])) == {"eager"}
+    assert set(contest([eager("no", entropy=False), eager()], gradients=("logp",))) == {"no", "eager"}
+
+
+def test_adapters_turn_what_is_missing_into_a_reason():
+    def absent():
+        import a_package_that_is_not_there  # noqa: F401
+
+    def unavailable():
+        raise peers.Unavailable("needs a CUDA device")
+
+    def explodes():
+        raise OSError("libcuda.so.1: cannot open")
+
+    found = peers.collect({"a": absent, "b": unavailable, "c": explodes, "d": eager})
+    assert [p.why for p in found[:3]] == [
+        "not installed: a_package_that_is_not_there",
+        "needs a CUDA device",
+        "OSError: libcuda.so.1: cannot open",
+    ]
+    assert found[3].name == "eager"
+
+
+def test_every_peer_is_a_provider_or_says_why_not():
+    found = peers.linear_peers(CPU, torch.float32) + peers.logits_peers(CPU)
+    assert {"eager", "compile", "liger", "cce", "trl", "verl", "quack", "fla", "gemm3", "gemm4", "torch_lce"} <= {
+        p.name for p in found
+    }
+    assert all(p.why if isinstance(p, Absent) else p.how for p in found)
+    assert any(p.name == "verl" and "--verl" in p.why for p in found if isinstance(p, Absent))
+
+
+def test_verl_is_loaded_from_its_files_without_its_package(tmp_path):
+    folder = tmp_path / "verl" / "utils" / "kernel"
+    folder.mkdir(parents=True)
+    (tmp_path / "verl" / "__init__.py").write_text("raise ImportError('the whole of verl')")
+    (folder / "kernels.py").write_text("from verl.utils.device import NAME\n")
+    (tmp_path / "verl" / "utils" / "device.py").write_text("NAME = 'x'\n")
+    (folder / "linear_cross_entropy.py").write_text("from . import kernels\nclass LinearCrossEntropy:\n    pass\n")
+    names = ("verl", "verl.utils", "verl.utils.kernel", "verl.utils.device")
+    try:
+        for path in (tmp_path, folder, folder / "kernels.py"):
+            assert peers.load_verl(path).__name__ == "LinearCrossEntropy"
+        with pytest.raises(peers.Unavailable, match="no verl/utils/kernel"):
+            peers.load_verl(tmp_path / "elsewhere")
+    finally:
+        for name in [n for n in sys.modules if n in names or n.startswith("verl.")]:
+            del sys.modules[name]
+        sys.modules.pop("verl", None)
+
+
+def test_contestants_take_turns_and_the_first_of_a_repetition_changes():
+    log: list[str] = []
+    calls = {name: measure.Call(lambda _, name=name: log.append(name)) for name in "abc"}
+    times = measure.interleaved(calls, CPU, 4)
+    assert log[3:] == list("abc") + list("bca") + list("cab") + list("abc")
+    assert all(t.repetitions == 4 and t.p20 <= t.ms <= t.p80 for t in times.values())
+
+
+def test_time_is_of_the_call_alone_and_per_contained_call():
+    import time
+
+    calls = {
+        "slow": measure.Call(lambda _: time.sleep(0.02), lambda i: time.sleep(0.05)),
+        "four": measure.Call(lambda _: time.sleep(0.02), count=4),
+    }
+    times = measure.interleaved(calls, CPU, 3)
+    assert 20 <= times["slow"].ms < 65  # 70 with the preparation
+    assert 5 <= times["four"].ms < 19
+
+
+def test_a_contest_ends_at_its_bound_but_not_before_three_repetitions():
+    assert measure.interleaved({"a": measure.Call(lambda _: None)}, CPU, 50, seconds=0.0)["a"].repetitions == 3
+
+
+def test_peak_memory_is_that_of_the_call():
+    """64 MiB held at once and 64 MiB freed before: the peak is 64, not 0 and not 128. Pages and the interpreter's own
+    blocks are the tolerance."""
+    size = 64 << 20
+
+    def run():
+        for _ in range(2):
+            torch.ones(size, dtype=torch.uint8)
+
+    peak = measure.peak_extra_bytes(run, CPU)
+    if peak is None:
+        pytest.skip("no high-water mark of the resident set on this system")
+    assert peak == pytest.approx(size, rel=0.05)
+    held = [torch.ones(size, dtype=torch.uint8)]
+    assert measure.peak_extra_bytes(lambda: len(held), CPU) < size // 16
+
+
+def test_ceilings_are_positive_rates():
+    assert 0 < measure.matmul_tflops(CPU, 64) < 1e3
+    assert 0 < measure.ceilings(CPU).matmul_tflops < 1e3
+
+
+def text_of(columns, rows) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=200, highlight=False, markup=False).print(report.render(columns, rows))
+    return stream.getvalue()
+
+
+def test_a_table_writes_the_rows_numbers_and_marks_what_is_missing():
+    rows = [
+        {"provider": "a", "ms": 12.345, "dx": 1.26e-3, "extra_gb": None},
+        {"provider": "b", "ms": 0.5, "dx": "nan"},
+        {"provider": "c", "error": "not installed: c"},
+    ]
+    lines = [line.split() for line in text_of(linear_logp_entropy.COLUMNS, rows).splitlines()]
+    assert lines == [["provider", "ms", "rel", "dX"], ["a", "12.3", "1.3e-03"], ["b", "0.500", "nan"]]
+    assert report.not_measured(rows) == ["c: not measured: not installed: c"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__.rpartition(".")[2])
+def test_a_script_prints_the_table_that_it_writes_and_says_cpu(script, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    names = ["--providers", "ours", "eager", "copy", "gemm3"]
+    options = ["--quick", "--device", "cpu", *names, "--repetitions", "2", "--out", str(out), *SCRIPTS[script]]
+    assert script.main(options) == 0
+    printed = capsys.readouterr().out
+    results = json.loads(out.read_text())
+    assert results["benchmark"] == script.__name__.rpartition(".")[2]
+    assert results["provenance"]["versions"]["torch"] == torch.__version__
+    assert results["ceilings"]["matmul_tflops_after"] > 0
+    assert results["tables"]
+    for table in results["tables"]:
+        assert f"on CPU ({results['provenance']['device']}" in table["title"]
+        assert table["title"] in printed
+        assert {row["provider"] for row in table["rows"]} >= {"eager"}
+        rendered = [line.split() for line in text_of(script.COLUMNS, table["rows"]).splitlines()]
+        lines = [line.split() for line in printed.splitlines()]
+        assert all(line in lines for line in rendered)
+        for row in table["rows"]:
+            if "error" in row:
+                assert f"{row['provider']}: not measured: {row['error']}" in printed
+            else:
+                assert row["ms"] > 0
+    assert "NVIDIA" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shapes", "896"], "two numbers"),
+        (["--shapes", "0x5"], "must be positive"),
+        (["--active", "120"], "0 to 100"),
+        (["--modes", "sideways"], "invalid choice"),
+        (["--quick", "--full"], "not allowed with"),
+    ],
+)
+def test_bad_options_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        linear_logp_entropy.main(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_form_runs_without_a_gpu():
+    for script, options in (
+        (linear_logp_entropy, ["--device", "cuda"]),
+        (policy_loss, ["--modes", "graph"]),
+        (sample_logp_entropy, ["--modes", "graph"]),
+    ):
+        with pytest.raises(SystemExit, match="there is no CUDA device"):
+            script.main(options)
+
+
+def test_the_sets_of_a_gpu_hold_the_shapes_and_shares_of_the_protocol():
+    gpu = torch.device("cuda")
+    parse = linear_logp_entropy.parser().parse_args
+    full = linear_logp_entropy.cases(parse(["--full"]), gpu)
+    assert {(c.hidden, c.vocab) for c in full} == set(linear_logp_entropy.SHAPES)
+    assert {c.tokens for c in full} == {1024, 8192, 65536}
+    assert {(c.active, c.zero_advantage) for c in full} == {(a, z) for a in (1.0, 0.55, 0.25) for z in (0.0, 0.3)}
+    assert {c.data for c in full} == {"random", "peaked"}
+    quick = linear_logp_entropy.cases(parse(["--quick"]), gpu)
+    assert [(c.hidden, c.vocab, c.tokens) for c in quick] == [(3584, 152064, 8192), (896, 151936, 8192)]
+    chosen = linear_logp_entropy.cases(parse(["--shapes", "8x9", "--active", "25", "--tokens", "7"]), CPU)
+    assert {(c.hidden, c.vocab, c.tokens, c.active) for c in chosen} == {(8, 9, 7, 0.25)}
+
+
+def test_the_plain_policy_loss_is_the_documented_one():
+    """The contestants' formula against a loop over sequences."""
+    batch = policy_loss.make_batch(200, 7, CPU)
+    loss, _ = kernels_oracle.policy_loss(
+        batch.logp.double(), batch.old_logp.double(), batch.entropy.double(), batch.advantages.double(),
+        batch.cu_seqlens, batch.mask, batch.is_short, target_short=policy_loss.TARGET_SHORT,
+        target_long=policy_loss.TARGET_LONG, beta_short=policy_loss.BETA_SHORT, beta_long=policy_loss.BETA_LONG,
+    )  # fmt: skip
+    value = policy_loss.plain_step(policy_loss.plain_loss, batch, torch.float64).loss
+    assert value.item() == pytest.approx(loss.item(), abs=1e-12)
+
+
+def test_the_checks_pass_here_and_a_wrong_op_fails_them(monkeypatch):
+    where = checks.Setting(CPU, torch.float32, ((16, 50),), 24)
+    monkeypatch.setattr(checks, "REPEATS", 3)
+    found = list(checks.run_checks(where))
+    assert not [c for c in found if c.passed is False]
+    assert sum(c.passed is True for c in found) >= 6
+    assert [c.detail for c in found if c.name.startswith("CUDA graph")] == ["needs a GPU"] * 4
+    true = checks.autotool_kernels.linear_logp_entropy
+
+    def wrong(*args, **options):
+        out = true(*args, **options)
+        return out._replace(entropy=out.entropy + 1e-2)
+
+    monkeypatch.setattr(checks.autotool_kernels, "linear_logp_entropy", wrong)
+    failed = {c.name for c in checks.run_checks(where) if c.passed is False}
+    assert {"linear accuracy, autotool_recompute, H=16 V=50 peaked"} <= failed
+    assert not [name for name in failed if not name.startswith("linear accuracy")]
+
+
+def run_gpu_check(out: Path, *options: str, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(gpu_check.ROOT / "benchmarks" / "gpu_check.py"), "--out", str(out), *options]
+    paths = {"PYTHONPATH": f"{gpu_check.ROOT}{os.pathsep}{gpu_check.ROOT / 'kernels'}"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=os.environ | paths | env)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_runs_its_small_form_and_says_that_it_is_on_a_cpu(tmp_path):
+    done = run_gpu_check(tmp_path / "out", "--only", "tests", "accuracy", "policy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["check.json", "policy_loss.json"]
+    record = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert record["measured_on"].startswith("CPU")
+    assert [(o["section"], o["state"]) for o in record["summary"]] == [
+        ("tests", "not run"),
+        ("accuracy", "passed"),
+        ("policy", "passed"),
+    ]
+    assert len(record["accuracy"]) > 6
+    table = done.stdout[done.stdout.rindex("gpu_check on a CPU") :]
+    assert "accuracy     passed" in table
+    assert "policy_loss on CPU" in table
+
+
+def test_the_quick_budgets_fit_nine_minutes():
+    assert sum(gpu_check.BUDGETS.values()) <= gpu_check.QUICK_SECONDS < 540
+    assert set(gpu_check.BENCHMARKS) | set(gpu_check.SECTIONS) == set(gpu_check.BUDGETS)
+
+
+def test_a_section_that_hangs_or_dies_is_a_line(tmp_path, monkeypatch):
+    args = gpu_check.parser().parse_args(["--out", str(tmp_path)])
+    code, _ = gpu_check._run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+    assert code is None
+    code, text = gpu_check._run([sys.executable, "-c", "import os; print('here'); os.abort()"], 30)
+    assert code == -6
+    assert "here" in text
+    monkeypatch.setattr(gpu_check, "_run", lambda command, seconds: (-11, "Segmentation fault"))
+    outcome, details = gpu_check._section("accuracy", args, 10)
+    assert (outcome.state, outcome.detail, details) == ("failed", "exit -11: Segmentation fault", None)
+    monkeypatch.setattr(gpu_check, "_run", lambda command, seconds: (None, ""))
+    assert gpu_check._section("accuracy", args, 10)[0].detail == "stopped after 10 s; until then: nothing"
+
+
+def test_a_benchmark_that_dies_is_repeated_with_ours_alone(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, seconds):
+        commands.append(command)
+        if len(commands) == 1:
+            return -11, "an illegal memory access"
+        out = Path(command[len(command) - 1 - command[::-1].index("--out") + 1])
+        rows = [{"provider": "autotool_triton", "ms": 1.0}, {"provider": "autotool_cuda", "error": "it cannot serve"}]
+        out.write_text(json.dumps({"tables": [{"rows": rows}]}))
+        return 0, ""
+
+    monkeypatch.setattr(gpu_check, "_run", run)
+    args = gpu_check.parser().parse_args(["--out", str(tmp_path)])
+    outcome = gpu_check._benchmark("logits", args, True, 100)
+    assert outcome.state == "passed"
+    assert "an illegal memory access" in outcome.detail
+    assert commands[1][-4:-2] == ["--providers", "ours"]
+    commands.clear()
+    assert gpu_check._benchmark("policy", args, True, 1).state == "failed"
+    assert len(commands) == 1
