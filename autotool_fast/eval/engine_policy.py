@@ -1,0 +1,178 @@
+"""The policy that is a checkpoint: the local engine plays whole episodes through the rollout driver.
+
+Episodes run as in training: token ids are append-only, the cache is kept across tool turns, and a mode is forced by its
+tag. Tools that a benchmark adds later reach the model in the message that announces them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autotool_fast.chat import ChatFormat
+from autotool_fast.errors import UserError
+from autotool_fast.eval.records import EvalEpisode, Played, Reply, flatten_history
+from autotool_fast.tasks.record import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from autotool_fast.rollout.records import Trajectory
+
+TOO_LONG = "prompt_too_long"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a checkpoint is sampled.
+
+    Attributes:
+        checkpoint: a model folder with its tokenizer.
+        slots: episodes decoded at once.
+        max_len: tokens of an episode, prompt and tool results included; 0 takes the model's own limit, at most 32768.
+        max_turn_tokens, max_new_tokens: sampled tokens of one reply and of an episode.
+        temperature, seed: of sampling; 0 is greedy.
+        deadline_s: seconds of an episode; 0 for no limit.
+        device: where the model runs; empty picks the GPU where there is one.
+    """
+
+    checkpoint: str
+    slots: int = 32
+    max_len: int = 0
+    max_turn_tokens: int = 1024
+    max_new_tokens: int = 8192
+    temperature: float = 0.0
+    seed: int = 0
+    deadline_s: float = 0.0
+    device: str = ""
+
+
+class LocalEngine:
+    """See the module.
+
+    Raises:
+        UserError: the folder holds no model or tokenizer that can be loaded.
+    """
+
+    name = "engine"
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        model, tokenizer = load_checkpoint(Path(settings.checkpoint), settings.device)
+        self._attach(model, ChatFormat(tokenizer))
+
+    def _attach(self, model: PreTrainedModel, chat: ChatFormat) -> None:
+        from autotool_fast.rollout.driver import RolloutLimits
+        from autotool_fast.rollout.engine import SlotEngine
+
+        settings = self.settings
+        positions = getattr(model.config, "max_position_embeddings", None) or 32768
+        max_len = settings.max_len or min(positions, 32768)
+        turn = min(settings.max_turn_tokens, max_len // 2)
+        self._chat = chat
+        self._engine = SlotEngine(model, slots=settings.slots, max_len=max_len, prefill_chunk=512)
+        self._limits = RolloutLimits(
+            max_turns=256,
+            max_calls=4096,
+            max_new_tokens=max(min(settings.max_new_tokens, max_len // 2), turn),
+            max_turn_tokens=turn,
+            deadline_s=settings.deadline_s or None,
+        )
+        self.parameters = sum(p.numel() for p in model.parameters())
+
+    def config(self) -> dict[str, Any]:
+        """What the replies depend on: settings and the weights' size and time."""
+        settings = self.settings
+        folder = Path(settings.checkpoint)
+        weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+        return {
+            "policy": self.name,
+            "checkpoint": str(folder.resolve()),
+            "weights": [list(entry) for entry in weights],
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "max_len": self._engine.max_len,
+            "max_turn_tokens": self._limits.max_turn_tokens,
+            "max_new_tokens": self._limits.max_new_tokens,
+        }
+
+    def play(self, tasks: Sequence[Task], mode: str) -> list[Played]:
+        """One episode of each task. A task whose prompt leaves no room for a reply is not played: it is wrong."""
+        from autotool_fast.rollout.driver import rollout
+
+        episodes: dict[str, EvalEpisode] = {}
+
+        def remember(task: Task) -> EvalEpisode:
+            episodes[task.id] = starts[task.id](task)
+            return episodes[task.id]
+
+        starts = {task.id: task.start for task in tasks}
+        ready = [replace(task, messages=tuple(flatten_history(task.messages)), start=remember) for task in tasks]
+        lengths = {task.id: self._prompt_length(task, mode) for task in ready}
+        room = self._engine.max_len - self._limits.max_new_tokens
+        fitting = [task for task in ready if lengths[task.id] <= room]
+        began = time.perf_counter()
+        trajectories = rollout(
+            self._engine,
+            fitting,
+            chat=self._chat,
+            group_size=1,
+            seed=self.settings.seed,
+            step=0,
+            mode=mode,
+            temperature=self.settings.temperature,
+            limits=self._limits,
+        )
+        seconds = (time.perf_counter() - began) / max(len(fitting), 1)
+        played = {t.task.id: self._played(t, episodes[t.task.id], seconds) for t in trajectories}
+        return [
+            played[task.id] if task.id in played else Played(task, task.episode(), (), TOO_LONG, 0.0) for task in tasks
+        ]
+
+    def _prompt_length(self, task: Task, mode: str) -> int:
+        tag = 0 if mode == "auto" else len(self._chat.encode_mode(mode))
+        return len(self._chat.encode_prompt(list(task.messages), list(task.tools))) + tag
+
+    def _played(self, trajectory: Trajectory, episode: EvalEpisode, seconds: float) -> Played:
+        forced = trajectory.n_forced_tokens // max(len(trajectory.replies), 1)
+        replies = []
+        for index, (parsed, (start, end)) in enumerate(zip(trajectory.replies, trajectory.turn_spans, strict=True)):
+            text = self._chat.decode(trajectory.ids[start - forced : end].tolist())
+            thinking = sum(b - a for a, b in trajectory.think_spans if start <= a < end)
+            replies.append(
+                Reply(
+                    parsed=parsed,
+                    text=text,
+                    prompt_tokens=trajectory.n_prompt if index == 0 else start,
+                    output_tokens=end - start + forced,
+                    think_tokens=thinking,
+                )
+            )
+        return Played(trajectory.task, episode, replies, trajectory.stop_reason.value, seconds)
+
+
+def load_checkpoint(folder: Path, device: str = "") -> tuple[PreTrainedModel, Any]:
+    """A model in inference mode and its tokenizer.
+
+    Raises:
+        UserError: there is none, or one of them cannot be loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        remedy = "give a model folder, such as runs/mini/models/rl"
+        raise UserError("holds no model (no config.json)", where=f"--checkpoint {folder}", remedy=remedy)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if chosen == "cpu" else "auto"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot be loaded ({reason})", where=f"--checkpoint {folder}") from error
+    return model.to(chosen).eval(), tokenizer

@@ -1,0 +1,173 @@
+"""Playing a benchmark with a policy, and keeping the results.
+
+A results folder holds `config.json` (what the results depend on), `episodes.jsonl` (one row per episode and mode) and
+`summary.json`. Running the same command again continues where it stopped; a folder of another configuration is
+refused. Tasks are played in chunks whose bounds depend on the task list alone, and a chunk's rows are written together,
+so rows stand in task order and a stop loses one chunk at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from autotool_fast import files
+from autotool_fast.errors import UserError
+from autotool_fast.eval.records import Benchmark, Played, Policy
+from autotool_fast.tasks.record import Task
+
+FORMAT = 1
+EPISODES, CONFIG = "episodes.jsonl", "config.json"
+
+
+class Results:
+    """The rows of a results folder.
+
+    Raises:
+        UserError: the folder belongs to something else, or to another configuration.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        self._path = folder / EPISODES
+        self._claim(config)
+        self.rows = self._read()
+
+    def _claim(self, config: dict[str, Any]) -> None:
+        path = self.folder / CONFIG
+        if path.is_file():
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                before = {}
+            names = sorted({*before, *config})
+            changed = [name for name in names if before.get(name) != json.loads(json.dumps(config.get(name)))]
+            if changed:
+                remedy = "give another --out, or the settings it was made with"
+                problem = f"holds results of another configuration ({', '.join(changed)} differ)"
+                raise UserError(problem, where=str(self.folder), remedy=remedy)
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError("is no results folder", where=str(self.folder), remedy="give an empty or new --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, config)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The rows so far. A last line that a crash cut off is dropped from the file."""
+        if not self._path.exists():
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            files.write_text(self._path, whole)
+        return [json.loads(line) for line in whole.split("\n") if line]
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows and flush them to the disk."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
+            file.flush()
+        files.sync(self._path)
+        self.rows += rows
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """A hash of what is asked."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(json.dumps([task.id, task.messages], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def run(
+    benchmark: Benchmark,
+    policy: Policy,
+    folder: Path,
+    *,
+    modes: Sequence[str] = ("auto",),
+    limit: int | None = None,
+    chunk: int = 64,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Play every task in every mode that has no row yet.
+
+    Args:
+        benchmark: what is played; its tasks must have distinct ids.
+        policy: who plays.
+        folder: the results folder.
+        modes: out of `records.MODES`.
+        limit: tasks of each category.
+        chunk: tasks played side by side.
+        on_progress: called with (mode, episodes done, episodes in all) after each chunk.
+
+    Returns:
+        All rows, modes in the order given, tasks in the benchmark's order.
+
+    Raises:
+        UserError: from the folder, the benchmark or the policy.
+        KeyboardInterrupt: rows written so far stay.
+    """
+    tasks = benchmark.tasks(limit)
+    if not tasks:
+        raise UserError("there are no tasks to play", where="--categories")
+    config = {
+        "format": FORMAT,
+        "benchmark": benchmark.config(),
+        "policy": policy.config(),
+        "limit": limit,
+        "chunk": chunk,
+        "tasks": fingerprint(tasks),
+    }
+    results = Results(folder, config)
+    done = {(row["mode"], row["id"]) for row in results.rows}
+    for mode in modes:
+        for first in range(0, len(tasks), chunk):
+            todo = [task for task in tasks[first : first + chunk] if (mode, task.id) not in done]
+            if todo:
+                results.add([judge(played, mode) for played in policy.play(todo, mode)])
+            if on_progress is not None:
+                on_progress(mode, min(first + chunk, len(tasks)), len(tasks))
+    order = {task.id: index for index, task in enumerate(tasks)}
+    rows = [row for row in results.rows if row["mode"] in modes]
+    return sorted(rows, key=lambda row: (modes.index(row["mode"]), order[row["id"]]))
+
+
+def judge(played: Played, mode: str) -> dict[str, Any]:
+    """The result row of an episode, which is closed.
+
+    Token counts are sums over the replies, the prompt's that of the first one; None where the policy has none.
+    """
+    try:
+        verdict = played.episode.verdict()
+        record = played.episode.record()
+    finally:
+        played.episode.close()
+    replies = played.replies
+
+    def total(name: str) -> int | None:
+        counts = [getattr(reply, name) for reply in replies]
+        return None if None in counts else sum(counts)
+
+    return {
+        "id": played.task.id,
+        "category": played.task.family,
+        "mode": mode,
+        "correct": verdict.correct,
+        "strict": verdict.strict,
+        "reason": verdict.reason,
+        "details": dict(verdict.details),
+        "thinks": any(reply.parsed.length_class == 0 for reply in replies),
+        "malformed": any(reply.parsed.errors for reply in replies),
+        "errors": sorted({error for reply in replies for error in reply.parsed.errors}),
+        "stop": played.stop,
+        "replies": [reply.text for reply in replies],
+        "calls": sum(len(reply.parsed.calls) for reply in replies),
+        "prompt_tokens": replies[0].prompt_tokens if replies else None,
+        "output_tokens": total("output_tokens"),
+        "think_tokens": total("think_tokens"),
+        "seconds": round(played.seconds, 4),
+        "record": record,
+    }

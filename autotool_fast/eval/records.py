@@ -1,0 +1,158 @@
+"""What the parts of the harness hand to each other.
+
+A benchmark makes tasks (`tasks.record.Task`, family = category); a task starts an `EvalEpisode`, which any rollout
+driver can play; a policy plays tasks and gives back one `Played` each; the verdict is the benchmark's own.
+
+A malformed reply ends an episode for every policy. What was done up to there is judged as the benchmark judges it (no
+call was made), and the row says that the reply was malformed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from autotool_fast.chat import ParsedReply, ToolCall, render_reply
+from autotool_fast.tasks.record import Task
+
+MODES = ("auto", "think", "no_think")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an episode ended.
+
+    Attributes:
+        correct: by the benchmark's own rule.
+        strict: by the harsher reading that the adapter documents; never True where `correct` is False.
+        reason: a short, stable kind of failure; None when correct.
+        details: figures of the benchmark's own, JSON values.
+    """
+
+    correct: bool
+    strict: bool
+    reason: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a perfect policy answers now."""
+
+    calls: tuple[ToolCall, ...] = ()
+    text: str = ""
+
+
+class EvalEpisode(Protocol):
+    """One attempt at a benchmark's task; `step` and `score` are those of `tasks.record.Episode`."""
+
+    tools: list[dict]
+    """The tools offered now, in the form chat templates take."""
+
+    def step(self, reply: ParsedReply) -> list[dict] | None:
+        """Execute a well-formed reply; the messages that follow it, or None when the episode is over."""
+
+    def score(self) -> bool:
+        """Whether the task is solved."""
+
+    def solution(self) -> Solution:
+        """What the ground truth would reply at this point."""
+
+    def verdict(self) -> Verdict:
+        """Judge what has been done so far."""
+
+    def record(self) -> dict[str, Any]:
+        """What an exporter needs of this attempt, JSON values."""
+
+    def close(self) -> None:
+        """Give back what the episode holds."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One turn to play: the conversation so far and the tools offered.
+
+    An assistant message of the history has `content` and, when it called tools, `calls`, a list of
+    `{"name", "arguments"}`; the tool messages after it answer them in order.
+    """
+
+    messages: Sequence[dict]
+    tools: Sequence[dict]
+    solve: Callable[[], Solution]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A policy's answer to one turn. Token counts are None where the policy does not know them."""
+
+    parsed: ParsedReply
+    text: str
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    think_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Played:
+    """One episode that is over. `stop` is a `rollout.records.StopReason` value or "prompt_too_long"."""
+
+    task: Task
+    episode: EvalEpisode
+    replies: Sequence[Reply]
+    stop: str
+    seconds: float
+
+    @property
+    def length_class(self) -> int:
+        """1 if every reply is short, 0 if one thinks, -1 if one is malformed or the episode was cut."""
+        classes = [reply.parsed.length_class for reply in self.replies]
+        return -1 if self.stop != "finished" or not classes else min(classes)
+
+
+class Benchmark(Protocol):
+    """A source of tasks."""
+
+    name: str
+    quiet: frozenset[str]
+    """Categories where doing nothing is right."""
+
+    def config(self) -> dict[str, Any]:
+        """What the results depend on: version, categories, rules."""
+
+    def tasks(self, limit: int | None = None) -> list[Task]:
+        """All tasks, in an order that never changes; at most `limit` of each category."""
+
+    def aggregates(self, accuracy: Mapping[str, float], counts: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The benchmark's own summary figures: rows of name, value (or None) and how it is formed."""
+
+    def close(self) -> None:
+        """End the processes it holds."""
+
+
+class Policy(Protocol):
+    """Who plays."""
+
+    name: str
+
+    def config(self) -> dict[str, Any]:
+        """What its replies depend on, secrets left out."""
+
+    @property
+    def parameters(self) -> int | None:
+        """Of the model, for ACU; None if unknown."""
+
+    def play(self, tasks: Sequence[Task], mode: str) -> list[Played]:
+        """One episode of each task, in order."""
+
+
+def flatten_history(messages: Sequence[dict]) -> list[dict]:
+    """The messages with calls written into the content, as a policy of ours has written them itself."""
+    flat = []
+    for message in messages:
+        if message["role"] == "assistant":
+            calls = tuple(ToolCall(call["name"], call["arguments"]) for call in message.get("calls", ()))
+            flat.append({"role": "assistant", "content": render_reply(None, calls, message["content"])})
+        else:
+            flat.append({"role": message["role"], "content": message["content"]})
+    return flat
