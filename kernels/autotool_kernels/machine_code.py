@@ -40,6 +40,7 @@ SHARED_LIMIT = {
 }  # fmt: skip
 # Multiprocessors of a card of that capability (A100, A10, L4, H200, B200, RTX 5090): sizes of persistent grids.
 MULTIPROCESSORS = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170}
+REGISTERS = 64 << 10  # of a multiprocessor
 TENSOR_MEMORY_COLUMNS = 512
 # Tensor-core instructions in SASS: warp-level mma, warpgroup wgmma, tcgen05.mma.
 MATRIX = {"mma": re.compile(r"[HQI]MMA|OMMA"), "wgmma": re.compile(r"[HQI]GMMA"), "tcgen05": re.compile(r"UTC\w*MMA")}
@@ -203,6 +204,14 @@ def shortcomings(figures: Figures, capability: int) -> list[str]:
     if figures.descriptors and capability >= 90 and not figures.count(TMA):
         wrong.append("tensor descriptors: no TMA instruction")
     return wrong
+
+
+def resident(figures: Figures, capability: int) -> int:
+    """Blocks that a multiprocessor holds at once, by registers (given to warps in units of 256) and shared memory."""
+    registers = -(-figures.registers * 32 // 256) * 256 * (figures.threads // 32)
+    # A multiprocessor has 1 KiB more than one block may have, and keeps 1 KiB of it for each.
+    shared = (SHARED_LIMIT[capability] + 1024) // (figures.shared + 1024)
+    return min(REGISTERS // registers, shared, 2048 // figures.threads)
 
 
 def matrix_kind(capability: int) -> str:
