@@ -47,8 +47,8 @@ BUDGETS = {
 QUICK_SECONDS = 525
 FULL_FACTOR = 8  # of the quick budgets, and no bound on their sum
 RETRY_SECONDS = 25  # least time left for a repetition without the peers
-# Compiled offline, the same on every machine; they need no GPU and would take the whole budget.
-OFFLINE_TESTS = ("test_kernels_compile.py", "test_kernels_cuda.py", "test_kernels_machine_code.py")
+# About compiled code, the same on every machine; they need no GPU and would take the whole budget.
+OFFLINE_TESTS = ("test_kernels_compile.py", "test_kernels_offline.py")
 
 
 class Outcome(NamedTuple):
@@ -334,17 +334,21 @@ def accuracy(args: argparse.Namespace) -> int:
 
 
 def training(args: argparse.Namespace) -> int:
-    """The smoke preset, from random weights to the report."""
+    """The smoke preset, from random weights to the report, on the GPU where there is one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         run, log = Path(folder) / "run", Path(folder) / "log"
         command = [sys.executable, "-m", "autotool_fast.train", "--preset", "smoke", "--out", str(run)]
+        command += ["--device", device]
         with log.open("w") as stream:
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
             code = None
             while code is None:
                 finished = [path.stem for path in (run / "stages").glob("*.json")]
-                _save(args, "failed", f"{len(finished)} stages on the CPU", finished)
+                _save(args, "failed", f"{len(finished)} stages on {device}", finished)
                 try:
                     code = process.wait(timeout=1)
                 except subprocess.TimeoutExpired:
@@ -357,7 +361,7 @@ def training(args: argparse.Namespace) -> int:
     if missing:
         _save(args, "not run", f"the trainer needs {missing[1]}, which this interpreter does not have", None)
         return 0
-    detail = f"smoke preset, on the CPU (the trainer has no GPU path): {len(finished)} stages in {seconds:.0f} s"
+    detail = f"smoke preset, --device {device}: {len(finished)} stages in {seconds:.0f} s"
     passed = code == 0
     _save(args, "passed" if passed else "failed", detail if passed else f"{detail}; {_last_line(text)}", finished)
     return code

@@ -3,7 +3,8 @@
 An adapter says how its package is run (version, settings: at its best, never at a bad default) and which parts it
 lacks: some peers have no entropy, some take a gradient for the sum over tokens only. A package that is not installed,
 or needs a GPU where there is none, is an `Absent` with the reason; errors of a peer at run time are the caller's to
-report. Nothing is imported before it is asked for.
+report. Nothing is imported before it is asked for. They are no dependencies of this project:
+`pip install liger-kernel cut-cross-entropy trl quack-kernels fla-core` brings them, and verl is a checkout.
 
 Peers get the active rows only (`compact`), gathered inside the timed call, as TRL does; leaving ignored rows out
 helps every one of them.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from benchmarks.measure import Ceilings, Times, keep_freed_memory, matmul_tflops
 from benchmarks.provenance import provenance, write_results
 
 Row = dict[str, Any]
+BUSY = 1.5  # load average before the start from which the closing lines say so
 
 
 class Column(NamedTuple):
@@ -78,6 +80,7 @@ class Report:
     def __init__(self, op: str, device: torch.device, ceilings: Ceilings, out: Path | None, note: str = "") -> None:
         self.op, self.device, self.out, self.note = op, device, out, note
         self._ceilings = ceilings
+        self._load = os.getloadavg()[0]
         self._said: set[str] = set()
         self.tables: list[dict[str, Any]] = []
         self._console = Console(width=200, soft_wrap=True, highlight=False, markup=False)
@@ -106,6 +109,8 @@ class Report:
             f"\nceilings measured here: copy {c.copy_gb_s:.4g} GB/s (read + write); {c.matmul} product "
             f"{c.matmul_tflops:.3g} TFLOP/s before, {self._ceilings.matmul_tflops_after:.3g} after"
         )
+        if self._load > BUSY:
+            self._console.print(f"the machine was busy with other work: load average {self._load:.1f} at the start")
         if self.note:
             self._console.print(self.note)
         self.save()
@@ -119,6 +124,7 @@ class Report:
         results = {
             "benchmark": self.op,
             "measured_on": device_name(self.device),
+            "load_average_at_start": self._load,
             "ceilings": dataclasses.asdict(self._ceilings),
             "note": self.note,
             "tables": self.tables,

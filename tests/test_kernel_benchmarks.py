@@ -12,6 +12,7 @@ from pathlib import Path
 import kernels_oracle
 import pytest
 import torch
+from autotool_kernels import chunked
 from rich.console import Console
 
 from benchmarks import (
@@ -103,7 +104,8 @@ def test_the_reference_is_autograd_in_float64():
     assert problems.relative_error(dw, grads[1][reference.columns]) < 1e-12
 
 
-def test_ours_and_eager_agree_with_float64_and_schedules_that_are_missing_are_said():
+def test_ours_and_eager_agree_with_float64_and_schedules_that_are_missing_are_said(monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 20 * 300 * 4)  # several chunks of 20 tokens
     case = problem("peaked", 0.55, 0.3)
     ours = linear_logp_entropy.own_providers(case)
     assert {p.name for p in ours} == {"autotool_recompute", "autotool_store", "autotool_chunked"}
@@ -289,6 +291,14 @@ def test_a_table_writes_the_rows_numbers_and_marks_what_is_missing():
     lines = [line.split() for line in text_of(linear_logp_entropy.COLUMNS, rows).splitlines()]
     assert lines == [["provider", "ms", "rel", "dX"], ["a", "12.3", "1.3e-03"], ["b", "0.500", "nan"]]
     assert report.not_measured(rows) == ["c: not measured: not installed: c"]
+
+
+def test_a_table_is_on_disk_as_soon_as_it_is_printed(tmp_path, capsys):
+    out = tmp_path / "early.json"
+    written = report.Report("op", CPU, measure.Ceilings(1.0, 1.0, None, "x"), out)
+    written.add("first", {}, linear_logp_entropy.COLUMNS, [{"provider": "a", "ms": 1.0}])
+    assert [t["rows"] for t in json.loads(out.read_text())["tables"]] == [[{"provider": "a", "ms": 1.0}]]
+    assert "first" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__.rpartition(".")[2])
