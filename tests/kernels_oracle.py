@@ -27,8 +27,17 @@ def logp_entropy(
     return torch.where(keep, logp, 0.0), torch.where(keep, entropy, 0.0)
 
 
-def linear(hidden: Tensor, weight: Tensor, target: Tensor, temperature=1.0, ignore_index: int = -100):
-    return logp_entropy(hidden @ weight.T, target, temperature, ignore_index)
+def linear(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature=1.0, ignore_index: int = -100,
+    bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logp_entropy(logits, target, temperature, ignore_index)
 
 
 def policy_loss(
