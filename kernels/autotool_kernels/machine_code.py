@@ -32,12 +32,10 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-# Largest shared memory of one block in bytes, by compute capability (CUDA C++ Programming Guide, "Compute
-# Capabilities", maximum per multiprocessor less the 1 KiB that CUDA keeps per block).
-SHARED_LIMIT = {
-    80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024,
-    90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024,
-}  # fmt: skip
+from .configs import SHARED_BYTES
+
+# Largest shared memory of one block in bytes, by capability (10 * major + minor).
+SHARED_LIMIT = {int(name.removeprefix("sm_")): size for name, size in SHARED_BYTES.items()}
 # Multiprocessors of a card of that capability (A100, A10, L4, H200, B200, RTX 5090): sizes of persistent grids.
 MULTIPROCESSORS = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170}
 REGISTERS = 64 << 10  # of a multiprocessor
