@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from autotool_kernels import linear_logp_entropy, logits_logp_entropy, policy_loss, sample_logp_entropy
+from torch.utils.checkpoint import checkpoint
 
 OPS = torch.ops.autotool_kernels
 
@@ -68,20 +69,99 @@ def step(hidden, weight, target, old_logp, advantages, cu_seqlens, mask, is_shor
     return out.loss, out.sequence_entropy, out.metrics["approx_kl"]
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_as_one_graph_with_dynamic_tokens(compiler):
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+SIZES = (6, 11, 17, 64, 5)
+
+
+class Counted:
+    """A compiler that counts the graphs it is given: forward and backward of one are traced together."""
+
+    def __init__(self, name: str) -> None:
+        self.compile, self.graphs = torch._dynamo.lookup_backend(name), 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return self.compile(graph, inputs)
+
+
+def compare(fn, compiler, arguments, inputs):
+    """`fn` compiled as one graph against eager, forward and gradients, on arguments(n) of five sizes."""
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend=compiler, fullgraph=True, dynamic=True)
-    for n in (6, 11, 17):
-        hidden, weight, target = linear_args(n)
-        _, old, _, advantages, cu_seqlens, mask, is_short = policy_args(n)
-        rest = target, old, advantages, cu_seqlens, mask, is_short, torch.tensor(0.3)
+    counted = Counted(compiler)
+    compiled = torch.compile(fn, backend=counted, fullgraph=True)
+    for n in SIZES:
+        args = arguments(n)
         results = []
-        for fn in (step, compiled):
-            loss, *others = fn(hidden, weight, *rest)
-            results.append((loss, *others, *torch.autograd.grad(loss, (hidden, weight))))
+        for run in (fn, compiled):
+            loss, *others = run(*args)
+            results.append((loss, *others, *torch.autograd.grad(loss, inputs(args))))
         for eager, traced in zip(*results, strict=True):
             assert torch.equal(eager, traced)
+    assert counted.graphs <= 3  # the first and two recompilations
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiles_as_one_graph_with_dynamic_tokens(compiler):
+    def arguments(n):
+        _, old, _, advantages, cu_seqlens, mask, is_short = policy_args(n)
+        return *linear_args(n), old, advantages, cu_seqlens, mask, is_short, torch.tensor(0.3)
+
+    compare(step, compiler, arguments, lambda args: args[:2])
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_every_option_compiles_with_dynamic_tokens(compiler):
+    """Eight rows are stored: less than the batch in some sizes, more in others."""
+
+    def loss(hidden, weight, target, bias, temperature):
+        logp, entropy = linear_logp_entropy(
+            hidden, weight, target, bias=bias, temperature=temperature, softcap=3.0, logit_scale=0.5,
+            store_bytes=8 * 9 * 4,
+        )  # fmt: skip
+        return (logp.square() + entropy).sum(), logp
+
+    def arguments(n):
+        return *linear_args(n), torch.linspace(-1, 1, 9).requires_grad_(), torch.linspace(0.5, 2.0, n)
+
+    compare(loss, compiler, arguments, lambda args: (*args[:2], args[3]))
+
+
+def small_loss(hidden, weight, target):
+    logp, entropy = linear_logp_entropy(hidden, weight, target, store_bytes=100)
+    return (logp * 2 + entropy.square()).sum()
+
+
+def test_checkpoint_retain_graph_and_calls_in_a_row():
+    hidden, weight, target = linear_args(20)
+    wanted = torch.autograd.grad(small_loss(hidden, weight, target), (hidden, weight))
+    for reentrant in (False, True):
+        hidden.grad = weight.grad = None
+        checkpoint(small_loss, hidden, weight, target, use_reentrant=reentrant).backward()
+        assert torch.equal(hidden.grad, wanted[0])
+        assert torch.equal(weight.grad, wanted[1])
+    # The same op twice in a graph, and its backward twice.
+    twice = small_loss(hidden, weight, target) + small_loss(hidden * 1, weight, target)
+    for retain in (True, False):
+        for g, w in zip(torch.autograd.grad(twice, (hidden, weight), retain_graph=retain), wanted, strict=True):
+            assert torch.equal(g, 2 * w)
+
+
+def test_no_grad_and_inference_mode_give_the_same_numbers():
+    hidden, weight, target = linear_args(20)
+    wanted = linear_logp_entropy(hidden, weight, target)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            out = linear_logp_entropy(hidden, weight, target)
+        assert not out.logp.requires_grad
+        assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, target = linear_args()
+    loss = linear_logp_entropy(hidden, weight, target).logp.sum()
+    (dx,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dx.sum().backward()
 
 
 def test_logits_and_sampling_compile_as_one_graph():
