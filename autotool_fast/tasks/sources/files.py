@@ -90,7 +90,9 @@ def _array_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
     An element counts only when what follows it has been seen too: a number, or a file, could go on in the next chunk.
     """
     decoder = json.JSONDecoder(strict=False)
-    buffer, row, ended = file.read(_CHUNK), 0, False
+    buffer, row, ended = "", 0, False
+    while "[" not in buffer:  # there is one: `_kind` saw it
+        buffer += file.read(_CHUNK)
     place = buffer.index("[") + 1
     while True:
         place = _SPACE.match(buffer, place).end()
