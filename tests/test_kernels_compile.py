@@ -95,8 +95,10 @@ def compare(fn, compiler, arguments, inputs):
         for run in (fn, compiled):
             loss, *others = run(*args)
             results.append((loss, *others, *torch.autograd.grad(loss, inputs(args))))
-        for eager, traced in zip(*results, strict=True):
-            assert torch.equal(eager, traced)
+        (eager_loss, *eager), (traced_loss, *traced) = results
+        # The compiler sums up to 128 numbers in another order; everything before and after that is the same.
+        assert (eager_loss - traced_loss).abs() <= 128 * 2.0**-24 * eager_loss.abs().clamp(min=1)
+        assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
     assert counted.graphs <= 3  # the first and two recompilations
 
 
