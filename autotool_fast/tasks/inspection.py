@@ -19,6 +19,7 @@ from autotool_fast.tasks.sources.load import Input, read_input
 from autotool_fast.tasks.sources.rows import NOTES, REASONS, Reject, shorten
 
 _WIDTH = 100
+_EVERY = 5  # seconds between two lines of progress
 
 
 @dataclass
@@ -89,15 +90,15 @@ class Samples:
 
 
 class Progress:
-    """One line on stderr per second while a long file is read."""
+    """A line on stderr every few seconds while a long file is read."""
 
     def __init__(self, label: str) -> None:
-        self._label, self._next = label, time.monotonic() + 1
+        self._label, self._next = label, time.monotonic() + _EVERY
 
     def __call__(self, tally: Tally) -> None:
-        """Report, if a second has passed."""
+        """Report, if it is time."""
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + 1
+            self._next = time.monotonic() + _EVERY
             counts = f"{tally.rows} rows, {tally.records} records, {tally.rejects} rejects"
             print(f"{self._label}: {counts}", file=sys.stderr, flush=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 Schema = dict[str, Any]
@@ -45,8 +46,9 @@ class _Unreadable(ValueError):
     pass
 
 
+@lru_cache(maxsize=4096)
 def read_annotation(text: str) -> Annotation | None:
-    """The schema a type's text stands for, or None when it cannot be read."""
+    """The schema a type's text stands for, or None when it cannot be read. The result is shared: do not change it."""
     text = text[:_MAX_TEXT].replace("<", "[").replace(">", "]")
     text = _REQUIRED.sub("", text)
     without = _OPTIONAL.sub("", _DEFAULT.sub("", text))

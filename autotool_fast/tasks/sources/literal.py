@@ -111,6 +111,8 @@ def read_python(text: str) -> Any:
 
 def check_depth(text: str) -> None:
     """Refuse brackets nested deeper than `MAX_DEPTH`: parsers recurse, and the interpreter's own can crash."""
+    if sum(map(text.count, "([{")) <= MAX_DEPTH:
+        return
     depth = 0
     for token in tokens(text):
         if token.group() in ("(", "[", "{"):
