@@ -1,4 +1,4 @@
-"""`python -m autotool_fast.eval --benchmark bfcl --bfcl DIR --policy oracle --out results/oracle`.
+"""`python -m autotool_fast.eval --benchmark bfcl --bfcl DIR --policy oracle --out runs/oracle`.
 
 Parses options, plays, prints the tables. Errors that the user can fix are one line and exit code 2; Ctrl-C keeps what
 is done and exits with 130. Nothing heavy is imported before the options are known to be good.
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(prog=PROGRAM, description=__doc__.partition("\n\n")[2], allow_abbrev=False)
     p.add_argument("--benchmark", choices=BENCHMARKS, help="required")
     p.add_argument("--policy", choices=POLICIES, help="required")
-    p.add_argument("--out", type=Path, help="results folder (default: results/BENCHMARK-POLICY); continued if it fits")
+    p.add_argument("--out", type=Path, help="results folder, continued (default: runs/eval-BENCHMARK-POLICY)")
     p.add_argument("--modes", default="auto", help="comma list of auto, think, no_think (default: auto)")
     p.add_argument("--categories", default="", help="comma list of categories or groups (default: all)")
     p.add_argument("--limit", type=_positive, help="tasks of each category")
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     data = p.add_argument_group("where the benchmarks are")
     data.add_argument("--bfcl", type=Path, help="folder of the unzipped bfcl-eval wheel (default: the installed one)")
     data.add_argument("--apibank", type=Path, help="the folder api-bank of a DAMO-ConvAI checkout")
+    data.add_argument("--apibank-rule", choices=("match", "execute"), default="match", help="what counts as correct")
     data.add_argument("--acebench", type=Path, help="an ACEBench checkout")
     data.add_argument("--language", choices=("en", "zh"), default="en", help="of ACEBench (default: en)")
     data.add_argument("--rendering", choices=("compact", "natural"), default="compact", help="of the embedded world")
@@ -142,7 +143,8 @@ def _benchmark(options: argparse.Namespace) -> Benchmark:
     if options.benchmark == "apibank":
         from autotool_fast.eval.apibank import ApiBank
 
-        return ApiBank(_needed(options, "apibank"), categories)
+        folder = _needed(options, "apibank")
+        return ApiBank(folder, categories, rule=options.apibank_rule, deadline_s=options.deadline)
     if options.benchmark == "acebench":
         from autotool_fast.eval.acebench import AceBench
 
@@ -196,7 +198,7 @@ def _evaluate(options: argparse.Namespace, benchmark: Benchmark, policy: Policy,
     from autotool_fast.eval.harness import run
     from autotool_fast.eval.table import print_tables, summarise
 
-    folder = options.out or Path("results") / f"{options.benchmark}-{options.policy}"
+    folder = options.out or Path("runs") / f"eval-{options.benchmark}-{options.policy}"
     shown = sys.stderr.isatty()
 
     def progress(mode: str, done: int, total: int) -> None:

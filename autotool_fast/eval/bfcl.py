@@ -26,7 +26,7 @@ from autotool_fast.errors import UserError
 from autotool_fast.eval import bfcl_scores
 from autotool_fast.eval.bfcl_answers import multi_turn_calls, single_turn_calls
 from autotool_fast.eval.isolate import DEADLINE_S, Session, WorkerDied, WorkerError, WorkerHost
-from autotool_fast.eval.records import Solution, Verdict
+from autotool_fast.eval.records import Solution, Verdict, accuracies
 from autotool_fast.eval.schemas import tool
 from autotool_fast.tasks.record import Task
 
@@ -125,9 +125,9 @@ class Bfcl:
     def _start_multi_turn(self, task: Task) -> MultiTurn:
         return MultiTurn(task, self.host)
 
-    def aggregates(self, accuracy: Mapping[str, float], counts: Mapping[str, int]) -> list[dict[str, Any]]:
+    def aggregates(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The v3-style and the v4-style overall score."""
-        return bfcl_scores.aggregates(accuracy, counts)
+        return bfcl_scores.aggregates(*accuracies(rows))
 
     def close(self) -> None:
         """End the worker."""

@@ -1,7 +1,6 @@
 """BFCL's overall scores, and result files that its own scorer reads.
 
-Both aggregates are formed as the leaderboard forms them. A part that was not run counts 0 with its full weight, and the
-row says which parts those are: nothing is rescaled.
+Both aggregates are formed as the leaderboard forms them: a part that was not run counts 0 with its full weight.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 
 from autotool_fast import files
 from autotool_fast.chat import ParsedReply
+from autotool_fast.eval.records import mean, weighted
 
 V4_WEIGHTS = {"non_live": 0.1, "live": 0.1, "irrelevance": 0.1, "multi_turn": 0.3, "agentic": 0.4}
 V3_WEIGHTS = {"non_live": 1 / 3, "live": 1 / 3, "multi_turn": 1 / 3}
@@ -20,13 +20,6 @@ _SIMPLE = ("simple_python", "simple_java", "simple_javascript")
 _OTHERS = ("multiple", "parallel", "parallel_multiple")
 _LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
 _MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
-AGENTIC = ("web_search", "memory")
-
-
-def _plain(parts: Iterable[float | None]) -> float | None:
-    """Mean; None when a part is missing."""
-    values = list(parts)
-    return None if None in values else sum(values) / len(values)
 
 
 def _by_count(names: Iterable[str], accuracy: Mapping[str, float], counts: Mapping[str, int]) -> float | None:
@@ -37,38 +30,23 @@ def _by_count(names: Iterable[str], accuracy: Mapping[str, float], counts: Mappi
 
 
 def aggregates(accuracy: Mapping[str, float], counts: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Summary rows `{name, value, of, parts, not_run}`; accuracies and values are in 0..1.
-
-    `value` is the sum of weight times accuracy over the parts that were run, `of` the sum of their weights: 0.55 of
-    0.6 says that parts with 40 % of the weight were not run.
-    """
-    simple = _plain(accuracy.get(name) for name in _SIMPLE)
+    """The v3-style and the v4-style overall score out of accuracies (0..1) and numbers of entries by category."""
+    simple = mean(accuracy.get(name) for name in _SIMPLE)
     asked = [simple, *(accuracy.get(name) for name in _OTHERS)]
-    multi_turn = _plain(accuracy.get(name) for name in _MULTI_TURN)
+    multi_turn = mean(accuracy.get(name) for name in _MULTI_TURN)
     v4 = {
-        "non_live": _plain(asked),
+        "non_live": mean(asked),
         "live": _by_count(_LIVE, accuracy, counts),
-        "irrelevance": _plain([accuracy.get("irrelevance"), accuracy.get("live_irrelevance")]),
+        "irrelevance": mean([accuracy.get("irrelevance"), accuracy.get("live_irrelevance")]),
         "multi_turn": multi_turn,
         "agentic": None,
     }
     v3 = {
-        "non_live": _plain([*asked, accuracy.get("irrelevance")]),
+        "non_live": mean([*asked, accuracy.get("irrelevance")]),
         "live": _by_count((*_LIVE, "live_irrelevance", "live_relevance"), accuracy, counts),
         "multi_turn": multi_turn,
     }
-    return [_weighted("v3 overall", v3, V3_WEIGHTS), _weighted("v4 overall", v4, V4_WEIGHTS)]
-
-
-def _weighted(name: str, parts: Mapping[str, float | None], weights: Mapping[str, float]) -> dict[str, Any]:
-    run = {part: value for part, value in parts.items() if value is not None}
-    return {
-        "name": name,
-        "value": sum(weights[part] * value for part, value in run.items()),
-        "of": sum(weights[part] for part in run),
-        "parts": {part: {"weight": weights[part], "value": value} for part, value in parts.items()},
-        "not_run": [part for part in parts if part not in run],
-    }
+    return [weighted("v3 overall", v3, V3_WEIGHTS), weighted("v4 overall", v4, V4_WEIGHTS)]
 
 
 def result_text(reply: ParsedReply | None) -> str:

@@ -32,8 +32,9 @@ def load(folder):
         "added_functions_prompt": prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING,
         "added_functions_note": prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC,
     }
-    operations = {"entries": entries, "check_calls": check_calls}
-    operations.update(start=Simulation.start, execute=Simulation.execute, check_turns=check_turns)
+    simulation = Simulation()
+    operations = {"entries": entries, "check_calls": check_calls, "check_turns": check_turns}
+    operations.update(start=simulation.start, execute=simulation.execute)
     return operations, facts
 
 
@@ -102,26 +103,23 @@ def call_text(name, arguments, known):
 class Simulation:
     """The simulators of this process's one episode."""
 
-    entry = None
-    known = frozenset()
+    def __init__(self):
+        self.entry, self.known = None, frozenset()
 
-    @classmethod
-    def start(cls, entry, known):
+    def start(self, entry, known):
         """Make the classes of an entry; `known` are the names that may be called."""
-        cls.entry, cls.known = entry, frozenset(known)
-        cls.execute([])
+        self.entry, self.known = entry, frozenset(known)
+        self.execute([])
 
-    @classmethod
-    def execute(cls, calls):
+    def execute(self, calls):
         """Run `[[name, arguments], ...]`; one result text each."""
-        texts = [call_text(name, arguments, cls.known) for name, arguments in calls]
         results, _ = module("multi_turn_utils").execute_multi_turn_func_call(
-            func_call_list=texts,
-            initial_config=cls.entry["initial_config"],
-            involved_classes=cls.entry["involved_classes"],
+            func_call_list=[call_text(name, arguments, self.known) for name, arguments in calls],
+            initial_config=self.entry["initial_config"],
+            involved_classes=self.entry["involved_classes"],
             model_name=f"episode_{os.getpid()}",
-            test_entry_id=cls.entry["id"],
-            long_context="long_context" in cls.entry["id"],
+            test_entry_id=self.entry["id"],
+            long_context="long_context" in self.entry["id"],
             is_evaL_run=False,
         )
         return results

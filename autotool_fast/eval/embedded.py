@@ -47,7 +47,7 @@ class Embedded:
                 kept.append(replace(task, start=EmbeddedEpisode))
         return kept
 
-    def aggregates(self, accuracy: Mapping[str, float], counts: Mapping[str, int]) -> list[dict[str, Any]]:
+    def aggregates(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """None of its own."""
         return []
 

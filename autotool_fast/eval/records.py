@@ -9,7 +9,7 @@ call was made), and the row says that the reply was malformed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -123,8 +123,8 @@ class Benchmark(Protocol):
     def tasks(self, limit: int | None = None) -> list[Task]:
         """All tasks, in an order that never changes; at most `limit` of each category."""
 
-    def aggregates(self, accuracy: Mapping[str, float], counts: Mapping[str, int]) -> list[dict[str, Any]]:
-        """The benchmark's own summary figures: rows of name, value (or None) and how it is formed."""
+    def aggregates(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The benchmark's own summary figures of one mode's rows, made with `weighted`."""
 
     def close(self) -> None:
         """End the processes it holds."""
@@ -156,3 +156,35 @@ def flatten_history(messages: Sequence[dict]) -> list[dict]:
         else:
             flat.append({"role": message["role"], "content": message["content"]})
     return flat
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
+    """Accuracy in 0..1 and number of rows by category, in the rows' order."""
+    counts: dict[str, int] = {}
+    right: dict[str, int] = {}
+    for row in rows:
+        counts[row["category"]] = counts.get(row["category"], 0) + 1
+        right[row["category"]] = right.get(row["category"], 0) + bool(row["correct"])
+    return {name: right[name] / count for name, count in counts.items()}, counts
+
+
+def mean(parts: Iterable[float | None]) -> float | None:
+    """Mean of the parts; None when one is missing or there are none."""
+    values = list(parts)
+    return None if None in values or not values else sum(values) / len(values)
+
+
+def weighted(name: str, parts: Mapping[str, float | None], weights: Mapping[str, float]) -> dict[str, Any]:
+    """A summary row `{name, value, of, parts, not_run}` of values in 0..1.
+
+    `value` is the sum of weight times value over the parts that were run, `of` the sum of their weights: 0.55 of 0.6
+    says that parts with 40 % of the weight were not run. Nothing is rescaled.
+    """
+    run = {part: value for part, value in parts.items() if value is not None}
+    return {
+        "name": name,
+        "value": sum(weights[part] * value for part, value in run.items()),
+        "of": sum(weights[part] for part in run),
+        "parts": {part: {"weight": weights[part], "value": value} for part, value in parts.items()},
+        "not_run": [part for part in parts if part not in run],
+    }

@@ -11,14 +11,18 @@ from rich.table import Table
 
 from autotool_fast.eval.records import Benchmark
 
-WIDTH = 120
+WIDTH = 140
 
 
 def figures(rows: Sequence[Mapping[str, Any]], parameters: int | None) -> dict[str, Any]:
     """Means over rows. Shares are in 0..1, tokens per episode; seconds are the wall time of playing, in all.
 
-    `acu` is accuracy in percent / (millions of parameters x mean output tokens), None without either.
+    `details` are means of the numbers that the benchmark gives for every row. `acu` is accuracy in percent /
+    (millions of parameters x mean output tokens), None without either.
     """
+
+    details = [row["details"] for row in rows]
+    shared = [name for name in details[0] if all(isinstance(d.get(name), (int, float)) for d in details)]
 
     def mean(name: str) -> float | None:
         values = [row[name] for row in rows]
@@ -37,6 +41,7 @@ def figures(rows: Sequence[Mapping[str, Any]], parameters: int | None) -> dict[s
         "think_tokens": mean("think_tokens"),
         "acu": 100 * accuracy / (parameters / 1e6 * tokens) if parameters and tokens else None,
         "seconds": sum(row["seconds"] for row in rows),
+        "details": {name: sum(d[name] for d in details) / len(rows) for name in shared},
     }
 
 
@@ -54,8 +59,6 @@ def summarise(
             continue
         names = list(dict.fromkeys(row["category"] for row in mine))
         categories = {name: figures([row for row in mine if row["category"] == name], parameters) for name in names}
-        accuracy = {name: values["accuracy"] for name, values in categories.items()}
-        counts = {name: values["n"] for name, values in categories.items()}
         reasons: dict[str, int] = {}
         for row in mine:
             if not row["correct"]:
@@ -63,7 +66,7 @@ def summarise(
         result["modes"][mode] = {
             "categories": categories,
             "overall": figures(mine, parameters),
-            "aggregates": benchmark.aggregates(accuracy, counts),
+            "aggregates": benchmark.aggregates(mine),
             "failures_by_reason": dict(sorted(reasons.items(), key=lambda item: -item[1])),
         }
     return result
@@ -96,6 +99,9 @@ def print_tables(title: str, summary: Mapping[str, Any], console: Console | None
         table.add_section()
         table.add_row("all episodes", *_cells(values["overall"]))
         console.print(table)
+        for name, cells in values["categories"].items():
+            for detail, value in cells["details"].items():
+                console.print(f"{name}: {detail} {100 * value:.1f} %", highlight=False, soft_wrap=True)
         for row in values["aggregates"]:
             console.print(describe(row), highlight=False, soft_wrap=True)
 
