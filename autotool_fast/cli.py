@@ -20,6 +20,7 @@ from autotool_fast.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 PROGRAM = "python -m autotool_fast.train"
+SHORT_FORMS = {"--model": "--model.path", "--data": "--data.path"}
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -83,6 +84,7 @@ def _read_options(argv: list[str]) -> list[tuple[str, list[str]]]:
         if token.startswith("-") and not _is_number(token):
             spelling, equals, value = token.partition("=")
             name = "--help" if spelling == "-h" else spelling.replace("_", "-")
+            name = SHORT_FORMS.get(name, name)
             if name not in known:
                 guess = schema.nearest(name.lstrip("-"), [n.lstrip("-") for n in known])
                 remedy = f"did you mean --{guess}?" if guess else "see --help"

@@ -45,13 +45,33 @@ class WorldConfig(Section):
 
 
 @dataclass(frozen=True)
+class DataConfig(Section):
+    """Prepared data sets, in place of the embedded world; they need a pretrained model."""
+
+    section: ClassVar[str] = "data"
+
+    path: str = ""
+    """Folder that `python -m autotool_fast.data prepare` wrote; empty: the embedded world. Short form: --data."""
+    strict: bool = False
+    """Tell 3 from 3.0 when arguments are compared."""
+
+
+@dataclass(frozen=True)
 class ModelConfig(Section):
-    """The embedded model: a Qwen3 decoder trained from scratch, embeddings tied."""
+    """A pretrained model, or the embedded one: a Qwen3 decoder trained from scratch, embeddings tied."""
 
     section: ClassVar[str] = "model"
 
+    path: str = ""
+    """Folder or hub name of a pretrained decoder; empty: the embedded model. Short form: --model."""
+    chat_format: Literal["auto", "qwen2.5", "qwen3", "hermes", "llama3.1"] = "auto"
+    """Chat format of a pretrained model; auto: recognised by its template and special tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. With bfloat16 the optimizer keeps float32 copies and gradients are summed in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     layers: int = number(2, low=1)
-    """Decoder layers."""
+    """Decoder layers, here and below of the embedded model."""
     hidden: int = number(64, low=8)
     """Hidden size."""
     heads: int = number(4, low=1)
@@ -63,7 +83,7 @@ class ModelConfig(Section):
     intermediate: int = number(192, low=8)
     """Width of the gated MLP."""
     max_positions: int = number(256, low=16)
-    """Longest sequence, in tokens."""
+    """Longest sequence, in tokens; also the length of a rollout slot."""
     rope_theta: float = number(3_000.0, above=0.0)
     """Base of the rotary position frequencies."""
     initializer_range: float = number(0.1, above=0.0)
@@ -104,7 +124,7 @@ class SftConfig(Section):
 
     def validate(self) -> None:
         if self.steps:
-            limit = f"must be less than {self.path('steps')}"
+            limit = f"must be less than {self.dotted('steps')}"
             self.require(self.warmup_steps < self.steps, "warmup_steps", limit)
 
 
@@ -336,6 +356,7 @@ class TrainConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where models live. The embedded model is too small to gain from a GPU."""
     world: WorldConfig = field(default_factory=WorldConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
@@ -352,6 +373,8 @@ class TrainConfig(Section):
         object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
         if not self.out:
             object.__setattr__(self, "out", f"runs/{Path(self.preset).stem or 'run'}")
+        able = bool(self.model.path) or not self.data.path
+        self.require(able, "data.path", "needs a pretrained model", "add --model")
         budget = self.rollout.max_new_tokens
         fits = budget < self.model.max_positions
         self.require(fits, "rollout.max_new_tokens", "must be less than model.max_positions")

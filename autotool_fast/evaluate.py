@@ -21,6 +21,8 @@ from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.world import BANDS, World, band
 
+Cell = tuple[str, int]
+"""(family, difficulty)."""
 ALL_MODES = ("auto", *MODES)
 ACU_UNIT = "accuracy in percent / (millions of parameters x mean response tokens)"
 
@@ -34,7 +36,7 @@ _MEASURES: dict[str, Callable[[Trajectory], float]] = {
 }
 
 
-def cell_weights(world: World, easy_share: float) -> dict[tuple[str, int], float]:
+def cell_weights(world: World, easy_share: float) -> dict[Cell, float]:
     """Probability that `World.draw(easy_share=...)` draws each (family, difficulty); sums to 1."""
     families: dict[str, list[int]] = defaultdict(list)
     for family, difficulty in world.cells:
@@ -49,7 +51,7 @@ def cell_weights(world: World, easy_share: float) -> dict[tuple[str, int], float
 
 
 def summarise(
-    trajectories: Sequence[Trajectory], weights: dict[tuple[str, int], float], parameters: int
+    trajectories: Sequence[Trajectory], weights: dict[Cell, float], parameters: int
 ) -> dict[str, Any]:
     """Means per cell, per band and over the mix.
 
@@ -59,7 +61,7 @@ def summarise(
             all have weight 0 count alike.
         parameters: of the model, for ACU = accuracy % / (millions of parameters x mean response tokens).
     """
-    groups: dict[tuple[str, int], list[Trajectory]] = defaultdict(list)
+    groups: dict[Cell, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
         groups[trajectory.task.family, trajectory.task.difficulty].append(trajectory)
     means = {
@@ -67,7 +69,7 @@ def summarise(
         for cell, members in groups.items()
     }
 
-    def weighted(cells: list[tuple[str, int]]) -> dict[str, float]:
+    def weighted(cells: list[Cell]) -> dict[str, float]:
         total = sum(weights[cell] for cell in cells)
         # Cells that the mix never draws still have means of their own, and so does a band of such cells.
         share = {cell: weights[cell] / total if total > 0 else 1 / len(cells) for cell in cells}
@@ -89,7 +91,7 @@ def evaluate(
     engine: SlotEngine,
     chat: ChatFormat,
     tasks: Sequence[Task],
-    weights: dict[tuple[str, int], float],
+    weights: dict[Cell, float],
     *,
     limits: RolloutLimits,
     modes: Sequence[str] = ALL_MODES,
@@ -118,7 +120,7 @@ def evaluate(
     return results
 
 
-def regret(modes: dict[str, Any], weights: dict[tuple[str, int], float], table: RewardTable) -> float:
+def regret(modes: dict[str, Any], weights: dict[Cell, float], table: RewardTable) -> float:
     """Mean reward lost in mode auto against an oracle that picks the better forced mode for every cell.
 
     Args:

@@ -22,7 +22,11 @@ def check(config: TrainConfig) -> None:
         UserError: no task can be drawn; there is no GPU where one is asked for; a stage of a new run needs one that is
             not run; `base.reuse` holds no model, or is about to be removed by --overwrite.
     """
-    World(config.world.families, config.world.max_difficulty)
+    if not config.data.path:
+        World(config.world.families, config.world.max_difficulty)
+    elif not Path(config.data.path).is_dir():
+        remedy = "write the folder with python -m autotool_fast.data prepare"
+        raise UserError("is no folder", where=f"data.path ({config.data.path})", remedy=remedy)
     if config.device == "cuda":
         import torch  # only a run that asks for a GPU pays for it here
 
@@ -50,12 +54,13 @@ def _check_inputs(config: TrainConfig) -> None:
         "refine": (start,) if config.refine.enabled else (),
         "rl": (start, "refine") if config.refine.enabled else (start,),
     }
+    have = {"base"} if config.model.path else set()
     for stage in config.stages:
         for needed in needs.get(stage, ()):
-            if needed not in config.stages:
+            if needed not in config.stages and needed not in have:
                 remedy = "add it to --stages, or --resume a run that has it"
                 raise UserError(f"stage {stage} of a new run needs stage {needed}", where="stages", remedy=remedy)
-    if config.stages == ("eval",):
+    if config.stages == ("eval",) and not have:
         remedy = "add stages that train one, or --resume a run that has one"
         raise UserError("stage eval of a new run has no model to evaluate", where="stages", remedy=remedy)
 
@@ -63,14 +68,21 @@ def _check_inputs(config: TrainConfig) -> None:
 def describe(config: TrainConfig) -> str:
     """The resolved plan: run folder, model size, arm, and each stage's steps, sequences and token budget."""
     model, world = config.model, config.world
-    parameters = model.parameters(VOCAB_ESTIMATE)
+    embedded = (
+        f"Qwen3, {model.layers} layers of {model.hidden}, at most {model.parameters(VOCAB_ESTIMATE):,} parameters"
+    )
+    source = (
+        ("data", config.data.path)
+        if config.data.path
+        else ("world", f"{', '.join(world.families)}; difficulty 0-{world.max_difficulty}")
+    )
     rows = [
         ("preset", config.preset),
         ("run folder", f"{config.out}{_folder_note(config)}"),
         ("seed", str(config.seed)),
         ("arm", f"{config.arm}, {config.start} start"),
-        ("world", f"{', '.join(world.families)}; difficulty 0-{world.max_difficulty}"),
-        ("model", f"Qwen3, {model.layers} layers of {model.hidden}, at most {parameters:,} parameters"),
+        source,
+        ("model", f"{model.path}, {model.dtype}" if model.path else embedded),
         *((f"stage {stage}", stage_summary(config, stage)) for stage in config.stages),
     ]
     sampled = sum(stage_tokens(config, stage) for stage in config.stages)
@@ -86,6 +98,8 @@ def stage_summary(config: TrainConfig, stage: Stage) -> str:
         sft = {"base": config.base, "warmup": config.warmup, "distill": config.distill}[stage]
         if stage == "warmup" and config.start == "cold":
             return "none: a cold start skips the warm-up"
+        if stage == "base" and config.model.path:
+            return "none: the model is pretrained"
         if stage == "base" and config.base.reuse:
             return f"none: the model in {config.base.reuse} is taken over"
         steps = config.distill_steps if stage == "distill" else sft.steps

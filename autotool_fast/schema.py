@@ -63,7 +63,7 @@ class Section:
     def __post_init__(self) -> None:
         hints = _hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            where = self.path(field.name)
+            where = self.dotted(field.name)
             value = _conform(getattr(self, field.name), hints[field.name], where)
             _check_bounds(value, field.metadata, where)
             object.__setattr__(self, field.name, value)
@@ -72,14 +72,14 @@ class Section:
     def validate(self) -> None:
         """Checks that involve several fields; overridden where there are any."""
 
-    def path(self, name: str) -> str:
+    def dotted(self, name: str) -> str:
         """Dotted name of one of this section's fields."""
         return f"{self.section}.{name}" if self.section else name
 
     def require(self, holds: bool, name: str, what: str, remedy: str | None = None) -> None:
         """Raise `UserError(what)` at field `name` unless `holds`."""
         if not holds:
-            raise UserError(what, where=self.path(name), remedy=remedy)
+            raise UserError(what, where=self.dotted(name), remedy=remedy)
 
 
 @functools.cache

@@ -15,7 +15,6 @@ or after a stop. What a step of RL does is in `rl`, of SFT in `warmup`; the loop
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,146 +23,39 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from autotool_fast import files
-from autotool_fast.chat import ChatFormat
-from autotool_fast.checkpoint import no_progress_bars
-from autotool_fast.config import SftConfig, Stage, TrainConfig
+from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
-from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, cell_weights, evaluate, regret
+from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, evaluate, regret
 from autotool_fast.labeling import Outcome, label, label_table
 from autotool_fast.loop import (
     Context,
     Interrupted,
-    Optimizers,
     StageState,
     StepResult,
     StopFlag,
     run_steps,
-    trapezoid,
 )
 from autotool_fast.metrics import MetricsWriter, Progress
+from autotool_fast.pipeline import Pipeline, load_model
 from autotool_fast.refine import refine
-from autotool_fast.rl import PolicyTrainer, policy_optimizers, reward_table, rollout_limits
+from autotool_fast.rl import PolicyTrainer, policy_optimizers, reward_table
 from autotool_fast.rollout.driver import rollout
-from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.runs import RunFolder
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.rendering import solution
-from autotool_fast.tasks.tiny import build_model, build_tokenizer
-from autotool_fast.tasks.world import World
+from autotool_fast.tasks.tiny import build_model
 from autotool_fast.transcripts import Transcripts, one_per_cell, rewards_of
-from autotool_fast.warmup import Demonstration, demonstrate, imitate, sft_backward
-
-MODEL_OF_STAGE: dict[Stage, str] = {"base": "base", "warmup": "warmup", "distill": "distilled", "rl": "rl"}
-
-
-class Pipeline:
-    """The objects that all stages of one run use."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.config: TrainConfig = context.config
-        self.run = context.run
-        world = self.config.world
-        self.world = World(world.families, world.max_difficulty)
-        self.weights = cell_weights(self.world, world.easy_share)
-        self.tokenizer = build_tokenizer()
-        self.chat = ChatFormat(self.tokenizer)
-        self.limits = rollout_limits(self.config.rollout)
-        self.device = torch.device(self.config.device)
-
-    def load(self, name: str) -> PreTrainedModel:
-        """A model that an earlier stage saved."""
-        folder = self.run.model(name)
-        if not (folder / "config.json").exists():
-            stage = next(stage for stage, model in MODEL_OF_STAGE.items() if model == name)
-            raise UserError("is missing", where=str(folder), remedy=f"run stage {stage} first")
-        return load_model(folder).to(self.device)
-
-    def save(self, model: PreTrainedModel, name: str) -> None:
-        """Export a model as a Hugging Face folder, which is whole or absent."""
-        folder = self.run.model(name)
-        beside = folder.with_name(f".{name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        with no_progress_bars():
-            model.save_pretrained(beside)
-            self.tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-
-    def engine(self, model: PreTrainedModel) -> SlotEngine:
-        """A rollout engine on a model."""
-        rollout_config = self.config.rollout
-        return SlotEngine(
-            model,
-            slots=rollout_config.slots,
-            max_len=self.config.model.max_positions,
-            prefill_chunk=rollout_config.prefill_chunk,
-        )
-
-    def draw(self, count: int, purpose: str) -> list[Task]:
-        """Training prompts for a purpose."""
-        return list(self.world.draw(count, "train", f"{self.config.seed}/{purpose}", self.config.world.easy_share))
-
-    def sft(
-        self,
-        stage: Stage,
-        model: PreTrainedModel,
-        config: SftConfig,
-        batch: Callable[[int], Sequence[Demonstration]],
-        *,
-        steps: int | None = None,
-        matrix: str = "adamw",
-    ) -> None:
-        """Fine-tune `model` on `batch(step)`, with a trapezoidal learning rate, and save it."""
-        steps = config.steps if steps is None else steps
-        optimizers = Optimizers(model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix)
-        timer = self.context.timer
-
-        def step(index: int) -> StepResult:
-            with timer.phase("data"):
-                demos = batch(index)
-            with timer.phase("backward"):
-                loss = sft_backward(model, demos)
-            with timer.phase("optimizer"):
-                scale = trapezoid(index, steps, config.warmup_steps)
-                norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))
-            metrics = {"loss/sft": loss, "grad_norm": norm}
-            return StepResult(metrics, finite, None if finite else [demo.ids.tolist() for demo in demos])
-
-        model.train()
-        state = StageState(model, self.tokenizer, optimizers)
-        run_steps(
-            self.context,
-            stage,
-            state,
-            steps,
-            step,
-            shown=("loss/sft",),
-            checkpoint_every=config.checkpoint_every,
-        )
-        self.save(model, MODEL_OF_STAGE[stage])
-
-
-def load_model(folder: Path) -> PreTrainedModel:
-    """A model folder in float32.
-
-    Raises:
-        UserError: there is no model, or a damaged one.
-    """
-    try:
-        with no_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"holds no model that can be loaded ({reason})", where=str(folder)) from error
+from autotool_fast.warmup import Demonstration, demonstrate, imitate
 
 
 def base(p: Pipeline) -> dict[str, Any]:
-    """Train the tiny model from scratch, or take over the model that `base.reuse` names."""
+    """Train the tiny model from scratch, or take over the one `base.reuse` names; a pretrained one is used as it is."""
+    if p.config.model.path:
+        return {"pretrained": p.config.model.path}
     config = p.config.base
     if config.reuse:
         p.save(_reused(Path(config.reuse), p), "base")
@@ -173,7 +65,7 @@ def base(p: Pipeline) -> dict[str, Any]:
     def batch(step: int) -> list[Demonstration]:
         rng = np.random.default_rng([p.config.seed, step])
         seed, progress = f"{p.config.seed}/base/{step}", step / config.steps
-        tasks = p.world.draw(config.batch, "train", seed, config.easy_share, progress=progress)
+        tasks = p.problems.world.draw(config.batch, "train", seed, config.easy_share, progress=progress)
         return [demonstrate(task, solution(task, think=rng.random() < 0.5), p.chat) for task in tasks]
 
     p.sft("base", model, config, batch, matrix=config.optimizer)
@@ -197,7 +89,7 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
     """Sample every prompt in both modes; keep counts, labels and demonstrations."""
     config, progress = p.config.label, p.context.progress
     engine = p.engine(p.load("base"))
-    tasks = p.draw(config.prompts, "label")
+    tasks = p.problems.training(config.prompts, "label")
     samples: dict[str, list[Trajectory]] = {}
 
     def sampled(done: int) -> None:
@@ -238,7 +130,7 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
                     p.config.label_rule,
                     config.threshold,
                 ),
-                "short": _demo_json(demonstrate(task, solution(task, think=False), p.chat)),
+                "short": _demo_json(demonstrate(task, p.problems.answer(task), p.chat)),
                 "long": None if trace is None else _demo_json(imitate(trace, p.chat)),
             }
         )
@@ -312,7 +204,7 @@ def _start_model(p: Pipeline) -> PreTrainedModel:
 def refine_prompts(p: Pipeline) -> dict[str, Any]:
     """Measure every prompt of the pool over a few GRPO rounds, then choose; the trained copy is thrown away."""
     config, rl = p.config.refine, p.config.rl
-    pool = p.draw(config.prompts, "rl")
+    pool = p.problems.training(config.prompts, "rl")
     if not config.enabled:
         files.write_json(p.run.path / "refined.json", {"kept": list(range(len(pool))), "report": {}})
         return {"kept": len(pool), "pool": len(pool)}
@@ -361,7 +253,7 @@ def refine_prompts(p: Pipeline) -> dict[str, Any]:
 
 
 def _rl_prompts(p: Pipeline) -> list[Task]:
-    pool = p.draw(p.config.refine.prompts, "rl")
+    pool = p.problems.training(p.config.refine.prompts, "rl")
     path = p.run.path / "refined.json"
     if not path.exists():
         if p.config.refine.enabled:
@@ -382,7 +274,7 @@ def rl(p: Pipeline) -> dict[str, Any]:
     state = StageState(model, p.tokenizer, policy_optimizers(config, model))
     engine = p.engine(model)
     trainer = PolicyTrainer(p.config, state, engine, p.chat, p.context.timer)
-    held_out = p.world.grid(p.config.eval.interim_per_cell, "test", f"{p.config.seed}/interim")
+    held_out = p.problems.held_out(p.config.eval.interim_per_cell, "interim")
     transcripts = Transcripts(p.run.path / "transcripts.jsonl", p.chat)
 
     def batch(index: int) -> list[Task]:
@@ -431,8 +323,8 @@ def rl(p: Pipeline) -> dict[str, Any]:
 def eval_models(p: Pipeline) -> dict[str, Any]:
     """Every model of the run in every mode on the held-out grid; writes results.json."""
     config, progress = p.config.eval, p.context.progress
-    tasks = p.world.grid(config.per_cell, "test", f"{p.config.seed}/eval")
-    names = _saved_models(p.run)
+    tasks = p.problems.held_out(config.per_cell, "eval")
+    names = p.models()
     if not names:
         raise UserError(
             "there is no model to evaluate", where=str(p.run.path / "models"), remedy="run stage base first"
@@ -474,15 +366,11 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
     return {name: values["auto"]["overall"] for name, values in models.items()}
 
 
-def _saved_models(run: RunFolder) -> list[str]:
-    return [name for name in ("base", "distilled", "warmup", "rl") if (run.model(name) / "config.json").exists()]
-
-
-def is_done(run: RunFolder, stage: Stage) -> bool:
+def is_done(p: Pipeline, stage: Stage) -> bool:
     """Whether a stage needs not run (again). Models that came after an evaluation call for another one."""
-    if stage != "eval" or not run.is_finished(stage):
-        return run.is_finished(stage)
-    return set(run.summary("eval")) == set(_saved_models(run))
+    if stage != "eval" or not p.run.is_finished(stage):
+        return p.run.is_finished(stage)
+    return set(p.run.summary("eval")) == set(p.models())
 
 
 STAGES: dict[Stage, Callable[[Pipeline], dict[str, Any]]] = {
@@ -540,7 +428,7 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
         pipeline = Pipeline(context)
         try:
             for stage in config.stages:
-                if is_done(run, stage):
+                if is_done(pipeline, stage):
                     context.progress.say(f"{stage}: finished before")
                     continue
                 context.stop.check()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from autotool_fast.chat import SOURCE_SAMPLED, ChatFormat, parse_reply
+from autotool_fast.chat import SOURCE_SAMPLED, SYNTAXES, ChatFormat, parse_reply
 from autotool_fast.policy import pack, packed_logp_entropy
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
@@ -29,16 +29,22 @@ class Demonstration:
 
 
 def demonstrate(task: Task, replies: Sequence[str], chat: ChatFormat) -> Demonstration:
-    """Play `replies` (text, one per assistant turn) through an episode; reply tokens and stop tokens are trained."""
+    """Play `replies` (text of the default syntax, one per assistant turn) through an episode.
+
+    Reply tokens and stop tokens are trained.
+    """
     ids = chat.encode_prompt(list(task.messages), list(task.tools))
     trained = [False] * len(ids)
-    stop = min(chat.stop_ids)
     episode = task.episode()
     for number, reply in enumerate(replies, 1):
-        turn = [*chat.encode_text(reply), stop]
+        parsed = parse_reply(reply)
+        if chat.wire.syntax != SYNTAXES[0]:
+            think = None if parsed.think is None else parsed.think.strip("\n")
+            reply = chat.write_reply(think, parsed.calls, parsed.text)
+        turn = [*chat.encode_reply(reply), chat.stop_id]
         ids += turn
         trained += [True] * len(turn)
-        messages = episode.step(parse_reply(reply)) if number < len(replies) else None
+        messages = episode.step(parsed) if number < len(replies) else None
         if messages is None:
             break
         continuation = chat.encode_continuation(messages)

@@ -68,11 +68,11 @@ def hard_accuracy(run: Path, per_cell: int = 200) -> dict[str, float]:
     import torch
 
     from autotool_fast.chat import ChatFormat
+    from autotool_fast.pipeline import load_model
     from autotool_fast.rl import rollout_limits
     from autotool_fast.rollout.driver import rollout
     from autotool_fast.rollout.engine import SlotEngine
     from autotool_fast.runs import read_config
-    from autotool_fast.stages import load_model
     from autotool_fast.tasks.tiny import build_tokenizer
     from autotool_fast.tasks.world import World, band
 

@@ -13,7 +13,7 @@ from autotool_kernels.results import SampledTokens
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import autotool_fast.rollout.engine as engine_module
-from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL
+from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, parse_reply
 from autotool_fast.errors import UserError
 from autotool_fast.rollout.driver import RolloutLimits, rollout
 from autotool_fast.rollout.engine import SlotEngine
@@ -52,6 +52,9 @@ class FakeChat:
 
     def decode(self, ids):
         return "".join(PIECES[i] for i in ids)
+
+    def parse(self, text):
+        return parse_reply(text)
 
 
 class FakeEpisode:

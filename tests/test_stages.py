@@ -16,8 +16,9 @@ from autotool_fast.cli import load_preset
 from autotool_fast.config import STAGES, from_dict, to_dict
 from autotool_fast.errors import UserError
 from autotool_fast.metrics import read_rows
+from autotool_fast.pipeline import Pipeline
 from autotool_fast.runs import RunFolder
-from autotool_fast.stages import Pipeline, epochs, open_context
+from autotool_fast.stages import epochs, open_context
 from autotool_fast.tasks.tiny import build_model
 
 torch.set_num_threads(1)
@@ -211,7 +212,7 @@ def test_labels_without_a_demonstration_say_what_to_do(pipeline, stage, label, w
 
 def test_without_refinement_rl_draws_from_the_whole_pool(pipeline):
     p = pipeline(refine={"enabled": False})
-    pool = p.draw(9, "rl")
+    pool = p.problems.training(9, "rl")
     assert stages._rl_prompts(p) == pool  # the stage need not even run
     assert stages.refine_prompts(p) == {"kept": 9, "pool": 9}
     assert stages._rl_prompts(p) == pool
@@ -244,7 +245,7 @@ def test_refinement_measures_every_prompt_in_every_round_and_throws_the_copy_awa
 
     monkeypatch.setattr(stages.PolicyTrainer, "step", watch)
     summary = stages.refine_prompts(p)
-    pool = [task.id for task in p.draw(9, "rl")]
+    pool = [task.id for task in p.problems.training(9, "rl")]
     for part in (steps[:3], steps[3:]):
         assert sorted(i for _, ids in part for i in ids) == sorted(pool)
     assert [number for number, _ in steps] == [-2, -3, -4, -5, -6, -7]  # never those of RL or of the targets
@@ -266,8 +267,9 @@ def test_a_refinement_that_keeps_nothing_is_a_clear_error(pipeline):
 
 def test_evaluation_and_training_prompts_come_from_different_splits(pipeline):
     p = pipeline()
-    drawn = {json.dumps(task.spec["problem"], sort_keys=True) for task in p.draw(200, "rl") + p.draw(200, "label")}
-    held_out = {json.dumps(task.spec["problem"], sort_keys=True) for task in p.world.grid(20, "test", "0/eval")}
+    tasks = p.problems.training(200, "rl") + p.problems.training(200, "label")
+    drawn = {json.dumps(task.spec["problem"], sort_keys=True) for task in tasks}
+    held_out = {json.dumps(task.spec["problem"], sort_keys=True) for task in p.problems.held_out(20, "eval")}
     assert not drawn & held_out
 
 

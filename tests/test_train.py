@@ -313,17 +313,17 @@ def test_a_damaged_model_of_the_run_is_one_line(cold, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_non_finite_weights_end_the_run_with_one_line(cold, capsys, monkeypatch):
-    import autotool_fast.stages as stages
+    import autotool_fast.pipeline as pipeline
 
-    load = stages.load_model
+    load = pipeline.load_model
 
-    def broken(folder):
-        model = load(folder)
+    def broken(folder, dtype):
+        model = load(folder, dtype)
         if folder.parent.parent.name == "run":
             model.get_input_embeddings().weight.data[:] = float("nan")
         return model
 
-    monkeypatch.setattr(stages, "load_model", broken)
+    monkeypatch.setattr(pipeline, "load_model", broken)
     assert main(cold) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ")

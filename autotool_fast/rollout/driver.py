@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, ParsedReply, parse_reply
+from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, ParsedReply
 from autotool_fast.errors import UserError
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.rollout.records import StopReason, Trajectory
@@ -33,6 +33,7 @@ class Chat(Protocol):
     def encode_mode(self, mode: str) -> list[int]: ...
     def encode_continuation(self, messages: list[dict]) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def parse(self, text: str) -> ParsedReply: ...
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class _Driver:
         ids = self.engine.row(key).ids
         start, end = state.prompt_end, len(ids)
         turn = [*self.tag, *ids[start : end - 1 if stopped else end].tolist()]
-        reply = parse_reply(self.chat.decode(turn))
+        reply = self.chat.parse(self.chat.decode(turn))
         state.replies.append(reply)
         state.spans.append((start, end))
         state.segments.append((end - start, SOURCE_SAMPLED))

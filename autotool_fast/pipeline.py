@@ -1,0 +1,173 @@
+"""What all stages of a run share: model, tokenizer, chat format and problems, loading and saving, supervised training.
+
+Which stage reads and writes what is in `stages`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from autotool_fast.chat import MODES, ChatFormat, chat_format
+from autotool_fast.checkpoint import no_progress_bars
+from autotool_fast.config import SftConfig, Stage, TrainConfig
+from autotool_fast.errors import UserError
+from autotool_fast.loop import Context, Optimizers, StageState, StepResult, run_steps, trapezoid
+from autotool_fast.problems import DataProblems, Problems, WorldProblems
+from autotool_fast.rl import rollout_limits
+from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.tasks.tiny import build_tokenizer
+from autotool_fast.warmup import Demonstration, sft_backward
+
+MODEL_OF_STAGE: dict[Stage, str] = {"base": "base", "warmup": "warmup", "distill": "distilled", "rl": "rl"}
+
+
+class Pipeline:
+    """The objects that all stages of one run use."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.config: TrainConfig = context.config
+        self.run = context.run
+        model = self.config.model
+        self.tokenizer = load_tokenizer(model.path) if model.path else build_tokenizer()
+        self.chat = chat_format(self.tokenizer, model.chat_format) if model.path else ChatFormat(self.tokenizer)
+        self.limits = rollout_limits(self.config.rollout)
+        self.device = torch.device(self.config.device)
+        self.problems = self._problems()
+        self.weights = self.problems.weights
+
+    def _problems(self) -> Problems:
+        config = self.config
+        if not config.data.path:
+            return WorldProblems(config.world, config.seed, "natural" if config.model.path else "compact")
+        room = config.model.max_positions - self.limits.max_new_tokens - max(map(len, self._mode_tags()))
+        problems = DataProblems(
+            Path(config.data.path),
+            config.seed,
+            fits=lambda task: len(self.chat.encode_prompt(list(task.messages), list(task.tools))) <= room,
+            strict=config.data.strict,
+        )
+        for part, reasons in problems.left_out.items():
+            for reason, count in reasons.items():
+                self.context.progress.say(f"data: {count} examples of {part}.jsonl left out, {reason}")
+        return problems
+
+    def _mode_tags(self) -> list[list[int]]:
+        return [self.chat.encode_mode(mode) for mode in MODES]
+
+    def load(self, name: str) -> PreTrainedModel:
+        """A model that an earlier stage saved, or (base) the pretrained one."""
+        config = self.config.model
+        if name == "base" and config.path:
+            return self._ready(load_model(config.path, config.dtype, where=f"model.path ({config.path})"))
+        folder = self.run.model(name)
+        if not (folder / "config.json").exists():
+            stage = next(stage for stage, model in MODEL_OF_STAGE.items() if model == name)
+            raise UserError("is missing", where=str(folder), remedy=f"run stage {stage} first")
+        return self._ready(load_model(folder, config.dtype))
+
+    def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.to(self.device)
+
+    def save(self, model: PreTrainedModel, name: str) -> None:
+        """Export a model as a Hugging Face folder, which is whole or absent."""
+        folder = self.run.model(name)
+        beside = folder.with_name(f".{name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        with no_progress_bars():
+            model.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+    def models(self) -> list[str]:
+        """Names of the models the run has, in the order of the stages that make them."""
+        pretrained = bool(self.config.model.path)
+        names = ("base", "distilled", "warmup", "rl")
+        return [n for n in names if (n == "base" and pretrained) or (self.run.model(n) / "config.json").exists()]
+
+    def engine(self, model: PreTrainedModel) -> SlotEngine:
+        """A rollout engine on a model."""
+        rollout_config = self.config.rollout
+        return SlotEngine(
+            model,
+            slots=rollout_config.slots,
+            max_len=self.config.model.max_positions,
+            prefill_chunk=rollout_config.prefill_chunk,
+        )
+
+    def sft(
+        self,
+        stage: Stage,
+        model: PreTrainedModel,
+        config: SftConfig,
+        batch: Callable[[int], Sequence[Demonstration]],
+        *,
+        steps: int | None = None,
+        matrix: str = "adamw",
+    ) -> None:
+        """Fine-tune `model` on `batch(step)`, with a trapezoidal learning rate, and save it."""
+        steps = config.steps if steps is None else steps
+        optimizers = Optimizers(model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix)
+        timer = self.context.timer
+
+        def step(index: int) -> StepResult:
+            with timer.phase("data"):
+                demos = batch(index)
+            with timer.phase("backward"):
+                loss = sft_backward(model, demos)
+            with timer.phase("optimizer"):
+                scale = trapezoid(index, steps, config.warmup_steps)
+                norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))
+            metrics = {"loss/sft": loss, "grad_norm": norm}
+            return StepResult(metrics, finite, None if finite else [demo.ids.tolist() for demo in demos])
+
+        model.train()
+        state = StageState(model, self.tokenizer, optimizers)
+        run_steps(
+            self.context,
+            stage,
+            state,
+            steps,
+            step,
+            shown=("loss/sft",),
+            checkpoint_every=config.checkpoint_every,
+        )
+        self.save(model, MODEL_OF_STAGE[stage])
+
+
+def load_model(source: Path | str, dtype: str = "float32", *, where: str | None = None) -> PreTrainedModel:
+    """A model folder, or a model of the hub.
+
+    Raises:
+        UserError: there is no model, or a damaged one; `where` names the setting to blame.
+    """
+    try:
+        with no_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, dtype), local_files_only=isinstance(source, Path)
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"holds no model that can be loaded ({reason})", where=where or str(source)) from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model.
+
+    Raises:
+        UserError: there is none, or a damaged one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"holds no tokenizer that can be loaded ({reason})", where=f"model.path ({source})") from error
