@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--rendering", choices=("compact", "natural"), default="compact", help="of the embedded world")
     engine = p.add_argument_group("policy engine")
     engine.add_argument("--checkpoint", help="model folder")
+    engine.add_argument("--chat-format", default="auto", help="of the model (default: recognised)")
     engine.add_argument("--slots", type=_positive, default=32, help="episodes decoded at once (default: 32)")
     engine.add_argument("--max-len", type=_positive, default=None, help="tokens of an episode (default: the model's)")
     engine.add_argument("--max-new-tokens", type=_positive, default=8192, help="sampled tokens of an episode")
@@ -157,11 +158,14 @@ def _benchmark(options: argparse.Namespace) -> Benchmark:
 
 def _policy(options: argparse.Namespace) -> Policy:
     if options.policy == "engine":
-        checkpoint = _needed(options, "checkpoint")
+        from autotool_fast.chat.__main__ import find_model
+
+        checkpoint = find_model(Path(_needed(options, "checkpoint")))
         from autotool_fast.eval.engine_policy import EngineSettings, LocalEngine
 
         settings = EngineSettings(
-            checkpoint=checkpoint,
+            checkpoint=str(checkpoint),
+            chat_format=options.chat_format,
             slots=options.slots,
             max_len=options.max_len or 0,
             max_turn_tokens=options.max_turn_tokens,

@@ -21,7 +21,7 @@ from autotool_fast.chat import ParsedReply, ToolCall
 from autotool_fast.errors import UserError
 from autotool_fast.eval.bfcl import expand
 from autotool_fast.eval.isolate import DEADLINE_S, WorkerDied, WorkerError, WorkerHost
-from autotool_fast.eval.records import Solution, Verdict, accuracies, weighted
+from autotool_fast.eval.records import Solution, Verdict, accuracies, call_message, weighted
 from autotool_fast.eval.schemas import tool
 from autotool_fast.matching import calls_match
 from autotool_fast.tasks.record import Task
@@ -167,10 +167,10 @@ def messages(lines: Sequence[Mapping[str, Any]]) -> list[dict]:
     result: list[dict] = []
     for line in lines:
         if line["role"] == "API":
-            call = {"name": line["api_name"], "arguments": line["param_dict"]}
-            if not result or result[-1]["role"] != "assistant" or "calls" in result[-1]:
-                result.append({"role": "assistant", "content": ""})
-            result[-1]["calls"] = [call]
+            said = ""
+            if result and result[-1]["role"] == "assistant" and "tool_calls" not in result[-1]:
+                said = result.pop()["content"]
+            result.append(call_message(said, [ToolCall(line["api_name"], line["param_dict"])]))
             result.append({"role": "tool", "content": json.dumps(line["result"].get("output"), ensure_ascii=False)})
         else:
             result.append({"role": "user" if line["role"] == "User" else "assistant", "content": line["text"]})

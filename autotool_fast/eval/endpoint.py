@@ -192,10 +192,11 @@ def sent_messages(messages: Sequence[Mapping[str, Any]], names: Mapping[str, str
     count = 0
     for message in messages:
         sent: dict[str, Any] = {"role": message["role"], "content": message["content"]}
-        if message.get("calls"):
+        if message.get("tool_calls"):
             sent["tool_calls"], waiting = [], []
-            for call in message["calls"]:
-                function = {"name": names.get(call["name"], call["name"]), "arguments": json.dumps(call["arguments"])}
+            for call in message["tool_calls"]:
+                own, arguments = call["function"]["name"], call["function"]["arguments"]
+                function = {"name": names.get(own, own), "arguments": json.dumps(arguments)}
                 sent["tool_calls"].append({"id": f"call_{count}", "type": "function", "function": function})
                 waiting.append(f"call_{count}")
                 count += 1

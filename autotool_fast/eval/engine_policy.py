@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autotool_fast.chat import ChatFormat
+from autotool_fast.chat import ChatFormat, chat_format
 from autotool_fast.errors import UserError
-from autotool_fast.eval.records import EvalEpisode, Played, Reply, flatten_history
+from autotool_fast.eval.records import EvalEpisode, Played, Reply
 from autotool_fast.tasks.record import Task
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class EngineSettings:
         max_turn_tokens, max_new_tokens: sampled tokens of one reply and of an episode.
         temperature, seed: of sampling; 0 is greedy.
         deadline_s: seconds of an episode; 0 for no limit.
+        chat_format: of `chat.FORMATS`, or "auto" to recognise it.
         device: where the model runs; empty picks the GPU where there is one.
     """
 
@@ -47,6 +48,7 @@ class EngineSettings:
     temperature: float = 0.0
     seed: int = 0
     deadline_s: float = 0.0
+    chat_format: str = "auto"
     device: str = ""
 
 
@@ -62,7 +64,7 @@ class LocalEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         model, tokenizer = load_checkpoint(Path(settings.checkpoint), settings.device)
-        self._attach(model, ChatFormat(tokenizer))
+        self._attach(model, chat_format(tokenizer, settings.chat_format))
 
     def _attach(self, model: PreTrainedModel, chat: ChatFormat) -> None:
         from autotool_fast.rollout.driver import RolloutLimits
@@ -92,6 +94,7 @@ class LocalEngine:
             "policy": self.name,
             "checkpoint": str(folder.resolve()),
             "weights": [list(entry) for entry in weights],
+            "chat_format": self._chat.wire.name,
             "temperature": settings.temperature,
             "seed": settings.seed,
             "max_len": self._engine.max_len,
@@ -110,7 +113,7 @@ class LocalEngine:
             return episodes[task.id]
 
         starts = {task.id: task.start for task in tasks}
-        ready = [replace(task, messages=tuple(flatten_history(task.messages)), start=remember) for task in tasks]
+        ready = [replace(task, start=remember) for task in tasks]
         lengths = {task.id: self._prompt_length(task, mode) for task in ready}
         room = self._engine.max_len - self._limits.max_new_tokens
         fitting = [task for task in ready if lengths[task.id] <= room]
@@ -158,20 +161,20 @@ def load_checkpoint(folder: Path, device: str = "") -> tuple[PreTrainedModel, An
     """A model in inference mode and its tokenizer.
 
     Raises:
-        UserError: there is none, or one of them cannot be loaded.
+        UserError: one of them cannot be loaded.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not (folder / "config.json").is_file():
-        remedy = "give a model folder, such as runs/mini/models/rl"
-        raise UserError("holds no model (no config.json)", where=f"--checkpoint {folder}", remedy=remedy)
+    from autotool_fast.checkpoint import no_progress_bars
+
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if chosen == "cpu" else "auto"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        with no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot be loaded ({reason})", where=f"--checkpoint {folder}") from error

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autotool_fast.chat import parse_reply, render_reply
-from autotool_fast.eval.records import Played, Reply, Request
+from autotool_fast.eval.records import Played, Reply, Request, call_message
 from autotool_fast.tasks.record import Task
 
 MAX_REPLIES = 256
@@ -60,8 +60,7 @@ class Stepwise(ABC):
         following = episode.step(reply.parsed)
         if following is None:
             return "finished"
-        calls = [{"name": call.name, "arguments": call.arguments} for call in reply.parsed.calls]
-        messages += [{"role": "assistant", "content": reply.parsed.text, "calls": calls}, *following]
+        messages += [call_message(reply.parsed.text, reply.parsed.calls), *following]
         return None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from autotool_fast.chat import ParsedReply, ToolCall, render_reply
+from autotool_fast.chat import ParsedReply, ToolCall
 from autotool_fast.tasks.record import Task
 
 MODES = ("auto", "think", "no_think")
@@ -73,8 +73,8 @@ class EvalEpisode(Protocol):
 class Request:
     """One turn to play: the conversation so far and the tools offered.
 
-    An assistant message of the history has `content` and, when it called tools, `calls`, a list of
-    `{"name", "arguments"}`; the tool messages after it answer them in order.
+    Assistant messages of the history are as `call_message` makes them; the tool messages after one answer its calls in
+    order.
     """
 
     messages: Sequence[dict]
@@ -146,16 +146,10 @@ class Policy(Protocol):
         """One episode of each task, in order."""
 
 
-def flatten_history(messages: Sequence[dict]) -> list[dict]:
-    """The messages with calls written into the content, as a policy of ours has written them itself."""
-    flat = []
-    for message in messages:
-        if message["role"] == "assistant":
-            calls = tuple(ToolCall(call["name"], call["arguments"]) for call in message.get("calls", ()))
-            flat.append({"role": "assistant", "content": render_reply(None, calls, message["content"])})
-        else:
-            flat.append({"role": message["role"], "content": message["content"]})
-    return flat
+def call_message(content: str, calls: Iterable[ToolCall]) -> dict[str, Any]:
+    """An assistant message with calls, in the form chat templates take."""
+    made = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+    return {"role": "assistant", "content": content, **({"tool_calls": made} if made else {})}
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
