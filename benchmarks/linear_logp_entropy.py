@@ -277,7 +277,7 @@ def _has_mode(provider: Provider) -> bool:
 
 def _extra_gb(call: Call, device: torch.device, kept: int) -> float | None:
     try:
-        peak = measure.peak_extra_bytes(lambda: call.run(call.prepare(0)), device)
+        peak = measure.peak_extra_bytes(lambda: call.run(call.prepare(0)), device, warm=False)  # timed before
     except Exception:  # out of memory on the way to a measurement is no result of the contest
         return None
     return None if peak is None else max(0, peak - kept) / 1e9

@@ -8,7 +8,7 @@ is `time.perf_counter`. Reported are the median and the 20th and 80th percentile
 Memory. On a GPU the peak of the caching allocator above what was allocated before the call. On a CPU the kernel's
 high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs) above the resident set before the
 call, after a first call has loaded code and freed pages have been returned. Blocks from 1 MiB are mapped one by one
-for that, so that a freed one leaves the resident set at once.
+for that, so that a freed one leaves the resident set at once; holes in the heap that could serve them are plugged.
 
 Allocator on a CPU. Timed calls run with a heap that keeps freed memory (`keep_freed_memory`), the same for every
 contestant: with glibc's defaults the page faults of fresh logits cost more than the arithmetic.
@@ -31,6 +31,7 @@ WARM_UP_SECONDS = {"cuda": 0.2, "cpu": 0.0}
 CANARY_SIZE = {"cuda": 8192, "cpu": 1024}
 SPIN_CYCLES = 1_000_000  # about half a millisecond on a GPU: longer than the host needs to enqueue one call
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # mallopt(3)
+_MAPPED_FROM = 1 << 20
 
 
 class Call(NamedTuple):
@@ -163,7 +164,7 @@ def keep_freed_memory(keep: bool) -> bool:
         settings = (
             [(_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)]
             if keep
-            else [(_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 1 << 20), (_M_TRIM_THRESHOLD, 1 << 20)]
+            else [(_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, _MAPPED_FROM), (_M_TRIM_THRESHOLD, _MAPPED_FROM)]
         )
         return all(libc.mallopt(option, value) == 1 for option, value in settings)
     except (OSError, AttributeError):
@@ -185,17 +186,32 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device, warm: bool = 
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    mapped = keep_freed_memory(False)
+    if not keep_freed_memory(False):
+        return None
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc_trim(0)
+    plugs = _plug_holes(libc)
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         run()
-        return max(0, _status("VmHWM") - before) if mapped else None
-    except (OSError, AttributeError):
+        return max(0, _status("VmHWM") - before)
+    except OSError:
         return None
     finally:
+        for plug in plugs:
+            libc.free(ctypes.c_void_p(plug))
         keep_freed_memory(True)
+
+
+def _plug_holes(libc: ctypes.CDLL) -> list[int]:
+    """Untouched blocks in every free stretch of the heap that a block of 1 MiB would fit in."""
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    end, plugs = libc.sbrk(0), []
+    while not plugs or 0 < plugs[-1] < end:
+        plugs.append(libc.malloc(_MAPPED_FROM - 4096) or 0)
+    return plugs
 
 
 def _status(field: str) -> int:

@@ -271,6 +271,26 @@ def test_peak_memory_is_that_of_the_call():
     assert measure.peak_extra_bytes(lambda: len(held), CPU) < size // 16
 
 
+def test_peak_memory_does_not_depend_on_holes_left_in_the_heap():
+    """A loop over 4 MiB blocks takes at most 8 MiB, also where earlier calls left 256 MiB of holes to wander in."""
+    if not measure.keep_freed_memory(True):
+        pytest.skip("not glibc")
+    blocks = [torch.ones(4 << 20, dtype=torch.uint8) for _ in range(64)]
+    pins = [torch.ones(1 << 10, dtype=torch.uint8) for _ in range(64)]
+    del blocks
+
+    def run():
+        for i in range(64):
+            block = torch.ones(4 << 20, dtype=torch.uint8)
+            pins[i] = torch.ones(1 << 16, dtype=torch.uint8)
+        return block
+
+    peak = measure.peak_extra_bytes(run, CPU)
+    if peak is None:
+        pytest.skip("no high-water mark of the resident set on this system")
+    assert peak < 16 << 20
+
+
 def test_ceilings_are_positive_rates():
     assert 0 < measure.matmul_tflops(CPU, 64) < 1e3
     assert 0 < measure.ceilings(CPU).matmul_tflops < 1e3
