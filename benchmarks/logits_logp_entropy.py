@@ -55,7 +55,8 @@ COLUMNS = (
 )
 NOTE = (
     "GB/s: unavoidable bytes, one pass over the logits forward, two backward, for everybody. extra GB: peak beyond "
-    "the logits and their gradient (negative: the gradient took the logits' place). Errors: against float64 on the same rounded logits."
+    "the logits and their gradient; negative: the gradient took the logits' place. Errors: against float64 on the "
+    "same rounded logits."
 )
 
 
