@@ -179,8 +179,8 @@ def test_writing_merges_and_replaces(folder):
     assert tune.write([entry(tile=DEEP), entry(tokens=8192, tile=DEEP)], ARCHITECTURE, folder) == []
     found = configs.load(ARCHITECTURE)
     assert all(e in found for e in other)
-    forward = {e.tokens: e.config for e in found if (e.kernel, e.hidden) == ("forward", SHAPE.hidden)}
-    assert forward == {64: DEEP, 8192: DEEP}
+    forward = [(e.tokens, e.config) for e in found if (e.kernel, e.hidden) == ("forward", SHAPE.hidden)]
+    assert forward == [(64, DEEP), (8192, DEEP)]
     assert [p.name for p in folder.iterdir()] == [f"{ARCHITECTURE}.json"]
 
 
