@@ -29,6 +29,21 @@ def _any_of(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first))) if texts else _NOTHING
 
 
+def _strings(value: Any) -> list[str]:
+    """Every string in a JSON value, keys included."""
+    found, pending = [], [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, dict):
+            pending += item.keys()
+            pending += item.values()
+        elif isinstance(item, (list, tuple)):
+            pending += item
+    return found
+
+
 class DataGuard:
     """Covers control text in data and encodes what was rendered from it.
 
@@ -53,22 +68,24 @@ class DataGuard:
         self._reserved = re.compile(f"{self._escape}({reserved})|{reserved}")
         self._special = re.compile(f"{_any_of(sorted(special)).pattern}|{reserved}")
         self._control = re.compile(f"{_any_of(self._texts).pattern}|{reserved}")
+        self._suspect = re.compile(f"{self._control.pattern}|{_SURROGATE.pattern}")
 
     def cover(self, value: Any, *, keep_tags: bool = False) -> Any:
         """`value` (any JSON value) with the control text in its strings and keys covered.
 
         `keep_tags` covers special tokens alone: in a reply, the tags are the format's own.
         """
+        if not self._suspect.search("\n".join(_strings(value))):
+            return value
+        return self._cover_in(value, self._special if keep_tags else self._control)
+
+    def _cover_in(self, value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
-            pattern = self._special if keep_tags else self._control
             return pattern.sub(self._cover, _SURROGATE.sub("\ufffd", value))
         if isinstance(value, dict):
-            return {
-                self.cover(key, keep_tags=keep_tags): self.cover(item, keep_tags=keep_tags)
-                for key, item in value.items()
-            }
+            return {self._cover_in(key, pattern): self._cover_in(item, pattern) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self.cover(item, keep_tags=keep_tags) for item in value]
+            return [self._cover_in(item, pattern) for item in value]
         return value
 
     def _cover(self, match: re.Match[str]) -> str:
