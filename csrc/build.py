@@ -1,8 +1,8 @@
 """Builds the CUDA C++ extension into the autotool_kernels package (`make ext`).
 
-Needs nvcc and the torch headers; no GPU. The library is for sm_80 and sm_90a and uses torch's stable ABI
-only. Its source hash stands in its name, so an unchanged build is kept and a stale one is never loaded.
-Exit code 2 with one line when there is no suitable nvcc.
+Needs nvcc and the torch headers; no GPU. The library is for sm_80, sm_90a and, where nvcc knows it, sm_100, and
+uses torch's stable ABI only. Its source hash stands in its name, so an unchanged build is kept and a stale one is
+never loaded. Exit code 2 with one line when there is no suitable nvcc.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from autotool_kernels import cuda
 
-SOURCES = ("logits.cu", "sample.cu", "register.cu")
-ARCHITECTURES = ("80", "90a")
+SOURCES = ("logits.cu", "sample.cu", "policy.cu", "register.cu")
+ARCHITECTURES = ("80", "90a")  # no instruction of the a variant is used yet, but it is what Hopper's may need
+OPTIONAL_ARCHITECTURES = ("100",)
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -36,17 +38,30 @@ def find_nvcc() -> tuple[str | None, str]:
     return nvcc, ""
 
 
-def command(nvcc: str, output: Path) -> list[str]:
-    torch_folder = Path(torch.__file__).parent
+def architectures(nvcc: str) -> list[str]:
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [*ARCHITECTURES, *(a for a in OPTIONAL_ARCHITECTURES if f"compute_{a}" in known)]
+
+
+def compile_command(nvcc: str, source: str, built: list[str], output: Path) -> list[str]:
     here = Path(__file__).parent
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    flags = ["-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     return [
-        nvcc, *flags, "-Werror", "all-warnings", f"-DTORCH_TARGET_VERSION={cuda.TARGET_VERSION}",
-        "-isystem", str(torch_folder / "include"), "-I", str(here), *targets, "--threads", "2",
-        "-o", str(output), *(str(here / s) for s in SOURCES),
-        f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
+        nvcc, "-c", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Werror", "all-warnings",
+        f"-DTORCH_TARGET_VERSION={cuda.TARGET_VERSION}", f'-DAUTOTOOL_ARCHITECTURES="{" ".join(built)}"',
+        "-isystem", str(Path(torch.__file__).parent / "include"), "-I", str(here),
+        *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in built), "-o", str(output), str(here / source),
     ]  # fmt: skip
+
+
+def link_command(nvcc: str, objects: list[Path], output: Path) -> list[str]:
+    libraries = Path(torch.__file__).parent / "lib"
+    return [nvcc, "--shared", "-o", str(output), *map(str, objects), f"-L{libraries}", "-ltorch_cpu"]
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc failed:\n{done.stdout}{done.stderr}")
 
 
 def build(force: bool = False) -> Path:
@@ -60,9 +75,11 @@ def build(force: bool = False) -> Path:
     # Built aside and moved into place, so that no process ever loads half a library.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         partial = Path(folder) / library.name
-        done = subprocess.run(command(nvcc, partial), capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"nvcc failed:\n{done.stdout}{done.stderr}")
+        objects = {source: Path(folder) / f"{source}.o" for source in SOURCES}
+        built = architectures(nvcc)
+        with ThreadPoolExecutor(min(len(SOURCES), os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda o: run(compile_command(nvcc, o[0], built, o[1])), objects.items()))
+        run(link_command(nvcc, list(objects.values()), partial))
         for old in library.parent.glob(cuda.LIBRARY_GLOB):
             old.unlink()
         os.replace(partial, library)

@@ -1,55 +1,53 @@
-// logits_logp_entropy: forward in one read of the logits, and its backward. One block per row.
-#include "common.cuh"
+// Launchers of logits_logp_entropy: forward and backward.
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "logits.cuh"
+#include "torch.cuh"
 
 namespace autotool {
 namespace {
 
+constexpr int64_t kRingBytes = 1 << 16;  // shorter rows are streamed: the ring pays two barriers per row
+
+// Clusters of `blocks` that the device holds at once; 0 if the ring does not fit. Asked once per device.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(
-    const T* logits, int64_t stride_n, int64_t stride_v, int64_t vocab, const int64_t* target, int64_t ignore_index,
-    Scale temperature, float* logp, float* entropy, float* row_max, float* log_sum) {
-  const int64_t row = blockIdx.x;
-  const int64_t y = target[row];
-  if (y == ignore_index) {
-    if (threadIdx.x == 0) logp[row] = entropy[row] = row_max[row] = log_sum[row] = 0.f;
-    return;
+int resident_clusters(int device, int blocks) {
+  static std::array<std::array<std::atomic<int>, kMaxCluster + 1>, 64> known = {};
+  STD_TORCH_CHECK(device < 64, "device index ", device);
+  std::atomic<int>& cached = known[device][blocks];
+  if (cached == 0) {
+    int found = 0;
+    if (has_clusters(device) &&
+        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) >= static_cast<int>(sizeof(RingShared))) {
+      check(cudaFuncSetAttribute(
+          ring_forward<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(RingShared))));
+      cudaLaunchAttribute cluster = {};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+      cudaLaunchConfig_t config = {};
+      config.gridDim = dim3(static_cast<unsigned>(blocks));
+      config.blockDim = dim3(kThreads);
+      config.dynamicSmemBytes = sizeof(RingShared);
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+      check(cudaOccupancyMaxActiveClusters(&found, ring_forward<T>, &config));
+    }
+    cached = found + 1;
   }
-  const T* start = logits + row * stride_n;
-  const float t = temperature.at(row);
-  Stats mine;
-  for (int64_t j = threadIdx.x; j < vocab; j += kThreads) mine.add(to_float(start[j * stride_v]) / t);
-  const Stats all = block_merge(mine);
-  if (threadIdx.x != 0) return;
-  const bool valid = y >= 0 && y < vocab;
-  const float label = valid ? to_float(start[y * stride_v]) / t : __int_as_float(0x7fc00000);
-  const float log_s = logf(all.s), lp = (label - all.m) - log_s, h = log_s - all.u / all.s;
-  logp[row] = lp > 0.f ? 0.f : lp;  // comparisons keep NaN, fminf would not
-  entropy[row] = h < 0.f ? 0.f : h;
-  row_max[row] = all.m;
-  log_sum[row] = log_s;
+  return cached - 1;
 }
 
+// Blocks that share a row, by V and the type alone; 0: too long for the largest cluster.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(
-    Scale grad_logp, Scale grad_entropy, const T* logits, int64_t stride_n, int64_t stride_v, int64_t vocab,
-    const int64_t* target, int64_t ignore_index, const float* entropy, const float* row_max, const float* log_sum,
-    Scale temperature, T* out) {
-  const int64_t row = blockIdx.x;
-  const int64_t y = target[row];
-  const float g = y == ignore_index ? 0.f : grad_logp.at(row), h = y == ignore_index ? 0.f : grad_entropy.at(row);
-  T* dz = out + row * vocab;
-  if (g == 0.f && h == 0.f) {
-    for (int64_t j = threadIdx.x; j < vocab; j += kThreads) dz[j] = from_float<T>(0.f);
-    return;
-  }
-  const T* start = logits + row * stride_n;
-  const float t = temperature.at(row), m = row_max[row], log_s = log_sum[row], mean = entropy[row];
-  for (int64_t j = threadIdx.x; j < vocab; j += kThreads) {
-    const float log_p = (to_float(start[j * stride_v]) / t - m) - log_s;
-    const float p = expf(log_p);
-    const float spread = p > 0.f || p != p ? p * (g + h * (log_p + mean)) : 0.f;
-    dz[j] = from_float<T>(((j == y ? g : 0.f) - spread) / t);
-  }
+int ring_blocks(int64_t vocab) {
+  int blocks = 1;
+  while (blocks <= kMaxCluster &&
+         ring_part(vocab, blocks, kVector<T>) * static_cast<int64_t>(sizeof(T)) > kPartChunks * kChunkBytes)
+    blocks *= 2;
+  return blocks <= kMaxCluster ? blocks : 0;
 }
 
 }  // namespace
@@ -57,36 +55,50 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
 void logits_forward(
     const Tensor& logits, const Tensor& target, double temperature, const std::optional<Tensor>& row_temperature,
     int64_t ignore_index, Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum) {
-  if (logits.size(0) == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  if (rows == 0) return;
+  const int device = logits.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   for_float_type(logits.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    forward_kernel<T><<<static_cast<unsigned>(logits.size(0)), kThreads, 0, current_stream(logits.get_device_index())>>>(
-        static_cast<const T*>(logits.const_data_ptr()), logits.stride(0), logits.stride(1), logits.size(1),
-        static_cast<const int64_t*>(target.const_data_ptr()), ignore_index,
-        make_scale(temperature, row_temperature), static_cast<float*>(logp.mutable_data_ptr()),
-        static_cast<float*>(entropy.mutable_data_ptr()), static_cast<float*>(row_max.mutable_data_ptr()),
-        static_cast<float*>(log_sum.mutable_data_ptr()));
+    const LogitsForward<T> p = {
+        static_cast<const T*>(logits.const_data_ptr()), rows, vocab, logits.stride(0), logits.stride(1),
+        make_integers(target, "target"), ignore_index, make_scale(temperature, row_temperature),
+        {data<float>(logp), data<float>(entropy), data<float>(row_max), data<float>(log_sum)}};
+    const bool wide = is_wide(logits);
+    const int blocks = wide && vocab * static_cast<int64_t>(sizeof(T)) >= kRingBytes ? ring_blocks<T>(vocab) : 0;
+    const int clusters = blocks > 0 ? resident_clusters<T>(device, blocks) : 0;
+    if (clusters > 0)
+      launch(
+          ring_forward<T>, std::min<int64_t>(clusters, rows) * blocks, kThreads, sizeof(RingShared), device, blocks,
+          false, p, ring_part(vocab, blocks, kVector<T>));
+    else
+      launch(
+          wide ? stream_forward<T, true> : stream_forward<T, false>, rows, kThreads, kWarps * sizeof(Stats), device, 0,
+          false, p);
   });
-  check_launch();
 }
 
 void logits_backward(
     const std::optional<Tensor>& grad_logp, const std::optional<Tensor>& grad_entropy, const Tensor& logits,
     const Tensor& target, const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
     const std::optional<Tensor>& row_temperature, int64_t ignore_index, Tensor out) {
-  if (logits.size(0) == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  if (rows == 0) return;
+  const int device = logits.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   for_float_type(logits.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    backward_kernel<T><<<static_cast<unsigned>(logits.size(0)), kThreads, 0, current_stream(logits.get_device_index())>>>(
-        make_gradient(grad_logp), make_gradient(grad_entropy), static_cast<const T*>(logits.const_data_ptr()),
-        logits.stride(0), logits.stride(1), logits.size(1), static_cast<const int64_t*>(target.const_data_ptr()),
-        ignore_index, static_cast<const float*>(entropy.const_data_ptr()),
-        static_cast<const float*>(row_max.const_data_ptr()), static_cast<const float*>(log_sum.const_data_ptr()),
-        make_scale(temperature, row_temperature), static_cast<T*>(out.mutable_data_ptr()));
+    const LogitsBackward<T> p = {
+        static_cast<const T*>(logits.const_data_ptr()), rows, vocab, logits.stride(0), logits.stride(1),
+        make_integers(target, "target"), ignore_index, make_scale(temperature, row_temperature),
+        make_scale(0.0, grad_logp), make_scale(0.0, grad_entropy),
+        static_cast<const float*>(entropy.const_data_ptr()), static_cast<const float*>(row_max.const_data_ptr()),
+        static_cast<const float*>(log_sum.const_data_ptr()), data<T>(out), out.stride(0), out.stride(1)};
+    launch(
+        is_wide(logits) && is_wide(out) ? backward<T, true> : backward<T, false>, rows * backward_blocks(vocab),
+        kBackwardThreads, 0, device, 0, false, p);
   });
-  check_launch();
 }
 
 }  // namespace autotool

@@ -22,7 +22,7 @@ _MODULES = {
     "linear_logp_entropy_backward": {"torch": "reference_linear", "triton": "triton_linear"},
     "logits_logp_entropy": {"torch": "reference_logits", "triton": "triton_logits", "cuda": "cuda"},
     "logits_logp_entropy_backward": {"torch": "reference_logits", "triton": "triton_logits", "cuda": "cuda"},
-    "policy_loss": {"torch": "policy", "triton": "triton_policy"},
+    "policy_loss": {"torch": "policy", "triton": "triton_policy", "cuda": "cuda"},
     "sample_logp_entropy": {"torch": "philox", "triton": "triton_sample", "cuda": "cuda"},
 }
 _FUNCTIONS = {
@@ -130,6 +130,9 @@ def _cuda() -> Backend:
         return Backend(False, reason)
     if not torch.cuda.is_available():
         return Backend(False, "the extension is built and loads, but there is no CUDA device")
-    if torch.cuda.get_device_capability()[0] not in (8, 9):
-        return Backend(False, "the extension is built for sm_80 and sm_90a only")
-    return Backend(True, "logits_logp_entropy and sample_logp_entropy, built for sm_80 and sm_90a")
+    built = cuda.architectures()
+    major, minor = torch.cuda.get_device_capability()
+    names = ", ".join(f"sm_{name}" for name in built)
+    if not cuda.serves((major, minor), built):
+        return Backend(False, f"the extension is built for {names}, and this device has {major}.{minor}")
+    return Backend(True, f"logits_logp_entropy, sample_logp_entropy and policy_loss, built for {names}")
