@@ -163,6 +163,17 @@ class LabelConfig(Section):
     label.threshold; start: the rule that --start names."""
     threshold: float = number(0.5, above=0.0, high=1.0)
     """Share of right samples from which the short answer is the label."""
+    unsolved: Literal["drop", "short"] = "drop"
+    """Prompts that neither mode solves. drop: left out of the warm-up; short: labelled with the reference answer."""
+    teacher: str = ""
+    """Who thinks for the long labels: a model folder, the http address of an OpenAI-compatible server (up to /v1),
+    or data for the data set's own reasoning; empty: the base model itself."""
+    teacher_model: str = ""
+    """Name the server knows the teacher by."""
+    teacher_switch: Literal["tag", "enable_thinking"] = "enable_thinking"
+    """How a server's model is made to think: by the mode tag, or by its chat template's own switch."""
+    teacher_temperature: float = number(1.0, low=0.0)
+    """Sampling temperature of the teacher."""
 
 
 @dataclass(frozen=True)

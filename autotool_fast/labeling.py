@@ -1,8 +1,8 @@
 """Stage 1 labels: is the short ground-truth answer or the long trace the training target of a prompt?
 
 A prompt is sampled k times without and k times with thinking. If not thinking is good enough the label is
-"short"; otherwise, if thinking succeeds at all, "long"; otherwise the prompt is dropped. Sampling, scoring
-and building the training text are left to others; these functions see success counts alone.
+"short"; otherwise, if thinking succeeds at all, "long"; otherwise the prompt is dropped (or, by choice, labelled
+short). Sampling, scoring and building the training text are left to others; these functions see success counts alone.
 
 Two readings of "good enough" are offered:
 - "any": one success in k (pass@k, as published). With few possible answers a guess succeeds sooner or
@@ -65,6 +65,7 @@ def label(
     k: int,
     rule: LabelRule = "any",
     threshold: float = 0.5,
+    unsolved: Label = "drop",
 ) -> Label:
     """The label of one prompt.
 
@@ -74,6 +75,7 @@ def label(
         k: replies per mode.
         rule: when not thinking is good enough, see the module docstring.
         threshold: smallest success rate that the rule "threshold" accepts, in (0, 1].
+        unsolved: the label of a prompt that neither mode solves.
 
     Raises:
         UserError: an unknown rule, or a threshold outside (0, 1].
@@ -93,27 +95,30 @@ def label(
     good_enough = no_think_correct > 0 if rule == "any" else no_think_correct / k >= threshold
     if good_enough:
         return "short"
-    return "long" if think_correct else "drop"
+    return "long" if think_correct else unsolved
 
 
 def label_table(
     outcomes: Iterable[Outcome],
     rule: LabelRule = "any",
     threshold: float = 0.5,
+    unsolved: Label = "drop",
 ) -> list[LabelRow]:
     """One row per difficulty in ascending order, then one over all prompts; empty without prompts."""
     by_difficulty: dict[int, list[Outcome]] = {}
     for outcome in outcomes:
         by_difficulty.setdefault(outcome.difficulty, []).append(outcome)
-    rows = [_row(k, by_difficulty[k], rule, threshold) for k in sorted(by_difficulty)]
+    rows = [_row(k, by_difficulty[k], rule, threshold, unsolved) for k in sorted(by_difficulty)]
     if rows:
         everything = [outcome for group in by_difficulty.values() for outcome in group]
-        rows.append(_row(None, everything, rule, threshold))
+        rows.append(_row(None, everything, rule, threshold, unsolved))
     return rows
 
 
-def _row(difficulty: int | None, outcomes: Sequence[Outcome], rule: LabelRule, threshold: float) -> LabelRow:
-    labels = [label(o.no_think_correct, o.think_correct, o.k, rule, threshold) for o in outcomes]
+def _row(
+    difficulty: int | None, outcomes: Sequence[Outcome], rule: LabelRule, threshold: float, unsolved: Label
+) -> LabelRow:
+    labels = [label(o.no_think_correct, o.think_correct, o.k, rule, threshold, unsolved) for o in outcomes]
     n = len(outcomes)
     return LabelRow(
         difficulty=difficulty,

@@ -139,4 +139,5 @@ class DataProblems:
 def _as_task(example: Example, strict: bool) -> Task:
     task = to_task(example, strict=strict)
     family = f"{example.source}/{example.kind}"
-    return dataclasses.replace(task, family=family, difficulty=max(0, len(example.answer) - 1))
+    spec = {**task.spec, "think_replies": [example.reply(think=True)] if example.think else None}
+    return dataclasses.replace(task, family=family, difficulty=max(0, len(example.answer) - 1), spec=spec)

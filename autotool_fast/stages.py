@@ -48,6 +48,7 @@ from autotool_fast.runs import RunFolder
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.rendering import solution
 from autotool_fast.tasks.tiny import build_model
+from autotool_fast.teacher import make_teacher
 from autotool_fast.transcripts import Transcripts, one_per_cell, rewards_of
 from autotool_fast.warmup import Demonstration, demonstrate, imitate
 
@@ -88,17 +89,21 @@ def _reused(source: Path, p: Pipeline) -> PreTrainedModel:
 def label_prompts(p: Pipeline) -> dict[str, Any]:
     """Sample every prompt in both modes; keep counts, labels and demonstrations."""
     config, progress = p.config.label, p.context.progress
-    engine = p.engine(p.load("base"))
+    teacher = make_teacher(
+        config, seed=p.config.seed, max_len=p.config.model.max_positions, max_new_tokens=p.limits.max_new_tokens
+    )
     tasks = p.problems.training(config.prompts, "label")
-    samples: dict[str, list[Trajectory]] = {}
+    per_mode = len(tasks) * config.k
+    progress.start("label", 2 * per_mode)
 
     def sampled(done: int) -> None:
         progress.update(done)
         p.context.stop.check()
 
-    progress.start("label", 2 * len(tasks) * config.k)
-    for number, mode in enumerate(("no_think", "think")):
-        samples[mode] = rollout(
+    engine = p.engine(p.load("base"))
+
+    def samples(mode: str, number: int) -> list[list[Trajectory]]:
+        trajectories = rollout(
             engine,
             tasks,
             chat=p.chat,
@@ -107,35 +112,40 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
             step=number,
             mode=mode,
             limits=p.limits,
-            on_progress=lambda done, total, before=number: sampled(before * total + done),
+            on_progress=lambda done, total: sampled(number * per_mode + done),
         )
+        return [trajectories[i : i + config.k] for i in range(0, len(trajectories), config.k)]
+
+    short = [sum(t.correct for t in group) for group in samples("no_think", 0)]
+    if teacher is None:
+        groups = samples("think", 1)
+        long = [sum(t.correct for t in group) for group in groups]
+        traces = [next((imitate(t, p.chat) for t in group if t.correct), None) for group in groups]
+    else:
+        lessons = teacher.teach(tasks, lambda done: sampled(per_mode + done))
+        long = [lesson.correct for lesson in lessons]
+        traces = [
+            None if lesson.replies is None else demonstrate(task, lesson.replies, p.chat)
+            for task, lesson in zip(tasks, lessons, strict=True)
+        ]
     progress.finish()
-    rows, outcomes = [], []
-    for i, task in enumerate(tasks):
-        short, long = (samples[mode][i * config.k : (i + 1) * config.k] for mode in ("no_think", "think"))
-        outcome = Outcome(task.difficulty, sum(t.correct for t in short), sum(t.correct for t in long), config.k)
-        outcomes.append(outcome)
-        trace = next((t for t in long if t.correct), None)
-        rows.append(
-            {
-                "id": task.id,
-                "family": task.family,
-                "difficulty": task.difficulty,
-                "no_think_correct": outcome.no_think_correct,
-                "think_correct": outcome.think_correct,
-                "label": label(
-                    outcome.no_think_correct,
-                    outcome.think_correct,
-                    config.k,
-                    p.config.label_rule,
-                    config.threshold,
-                ),
-                "short": _demo_json(demonstrate(task, p.problems.answer(task), p.chat)),
-                "long": None if trace is None else _demo_json(imitate(trace, p.chat)),
-            }
-        )
+    rule = (p.config.label_rule, config.threshold, config.unsolved)
+    outcomes = [Outcome(t.difficulty, *counts, config.k) for t, *counts in zip(tasks, short, long, strict=True)]
+    rows = [
+        {
+            "id": task.id,
+            "family": task.family,
+            "difficulty": task.difficulty,
+            "no_think_correct": outcome.no_think_correct,
+            "think_correct": outcome.think_correct,
+            "label": label(outcome.no_think_correct, outcome.think_correct, config.k, *rule),
+            "short": _demo_json(demonstrate(task, p.problems.answer(task), p.chat)),
+            "long": None if trace is None else _demo_json(trace),
+        }
+        for task, outcome, trace in zip(tasks, outcomes, traces, strict=True)
+    ]
     files.write_text(p.run.path / "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    table = label_table(outcomes, p.config.label_rule, config.threshold)
+    table = label_table(outcomes, *rule)
     return {"rule": p.config.label_rule, "k": config.k, "table": [vars(row) for row in table]}
 
 
