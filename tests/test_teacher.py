@@ -22,7 +22,7 @@ TASKS = [WORLD.task(family, k, "train", "0") for family, k in (("set", 0), ("cha
 
 
 class Server(ThreadingHTTPServer):
-    """Thinks and plays the solution of the task that the first user message asks; answers `wrong` families with text."""
+    """Thinks and plays the solution of the task that the first user message asks; says no to `wrong` families."""
 
     def __init__(self, wrong: set[str] = frozenset(), silent: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
