@@ -113,27 +113,42 @@ def defaults(architecture: str, hidden: int, vocab: int, tokens: int, dtype: tor
     if architecture == INTERPRETER:
         tile = Tile(rows=32, cols=128, depth=32, warps=4, stages=1, group=2, tma=True)
         return LinearConfig(tile, tile, tile, tile)
-    itemsize = dtype.itemsize
-    shared = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
     tma = _generation(architecture) >= 9
-    if itemsize == 4:
-        return _float32_defaults(tma)
-    group = max(1, min(64, GROUP_BYTES // (128 * hidden * itemsize)))
-    wide = Tile(rows=128, cols=256, depth=64, warps=8, stages=3, group=group, tma=tma)
-    narrow = Tile(rows=128, cols=128, depth=64, warps=4, stages=3, group=group, tma=tma, programs=2)
-    small = Tile(rows=128, cols=128, depth=32, warps=4, stages=4, group=group, tma=tma)
+    if dtype.itemsize == 4:
+        # Three tf32 products per float32 product: mma.sync needs both halves of every operand in registers.
+        tile = Tile(rows=64, cols=128, depth=32, warps=4 if tma else 8, stages=2, tma=tma, flatten=tma)
+        return LinearConfig(tile, tile, tile, tile)
+    shared = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
+    group = max(1, min(64, GROUP_BYTES // (128 * hidden * dtype.itemsize)))
+    wide = Tile(rows=128, cols=256, depth=64, warps=8, stages=3, tma=True)
     if shared < 128 << 10:
-        return LinearConfig(small, small, small, small)
-    # A shallow product is over before its epilogue pays: two programs per multiprocessor overlap the two.
-    logits = wide if hidden >= 2048 else narrow
+        tile = Tile(rows=128, cols=128, depth=32, warps=8, stages=4, flatten=False)
+        logits, product = dataclasses.replace(tile, group=group), tile
+    elif not tma:
+        # Pointers and mma.sync fragments take the registers that a flattened loop would need.
+        tile = Tile(rows=128, cols=256, depth=32, warps=8, stages=4, flatten=False)
+        logits, product = dataclasses.replace(tile, group=group), tile
+    elif architecture == "sm_90":
+        # A shallow product is over before its epilogue pays: two programs per multiprocessor overlap the two.
+        narrow = Tile(rows=128, cols=128, depth=64, warps=4, stages=3, tma=True, programs=2)
+        logits, product = dataclasses.replace(wide if hidden >= 2048 else narrow, group=group), wide
+    else:
+        # Tensor memory gives a thread half a row at once: of 256 columns, more than its registers hold.
+        tile = Tile(rows=128, cols=128, depth=64, warps=8, stages=3, tma=True)
+        logits, product = dataclasses.replace(tile, group=group), wide
     forward = dataclasses.replace(logits, rows=64, warps=4) if tokens <= 64 and architecture == "sm_90" else logits
-    product = dataclasses.replace(wide, group=8)
     return LinearConfig(forward, logits, product, product)
 
 
-def _float32_defaults(tma: bool) -> LinearConfig:
-    tile = Tile(rows=64, cols=128, depth=32, warps=4, stages=2, tma=tma)
-    return LinearConfig(tile, tile, tile, tile)
+def unaligned(config: LinearConfig) -> LinearConfig:
+    """Takes the place of `config` where rows do not start and end on 16 bytes, e.g. with an odd row length.
+
+    Such rows go through registers, element by element if need be, and only a small tile has registers to spare.
+    """
+    tile = Tile(rows=64, cols=128, depth=32, warps=8, stages=3)
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(tile, group=getattr(config, name).group) for name in KERNELS}
+    )
 
 
 def _generation(architecture: str) -> int:

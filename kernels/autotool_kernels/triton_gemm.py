@@ -19,6 +19,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 EXP_FLOOR = tl.constexpr(-1.0e4)
 GROUP_COLUMNS = tl.constexpr(STORE_TILE)
 PART_COLUMNS = tl.constexpr(64)  # of a tile that an epilogue works on at once, to stay within the registers
+# Where V ends: with a tile (0), with half a tile of two groups, or anywhere, so that single columns are masked.
+RAGGED_GROUP, RAGGED_COLUMN = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -101,20 +103,41 @@ def shifted_sums(z, m, k, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GUARD: t
 
 
 @triton.jit
+def label_column(z, y, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """z[:, y] of each row, 0 where y is no column of the tile."""
+    if BLOCK_C > PART_COLUMNS:
+        left, right = split_columns(z, BLOCK_R, BLOCK_C)
+        label = label_column(left, y, BLOCK_R, BLOCK_C // 2)
+        return label + label_column(right, y - BLOCK_C // 2, BLOCK_R, BLOCK_C // 2)
+    else:
+        return tl.sum(tl.where(tl.arange(0, BLOCK_C)[None, :] == y[:, None], z, 0.0), 1)
+
+
+@triton.jit
 def store_logits(
     store, store_max, z, m, k, r, c0, first_row, live, stored, V, BLOCK_R: tl.constexpr, RELATIVE: tl.constexpr
 ):
     """Keeps the scaled logits of GROUP_COLUMNS columns, RELATIVE to their maximum m in low precision."""
-    c = c0 + tl.arange(0, GROUP_COLUMNS)
     position = (first_row + r).to(tl.int64)
     kept = (r < live) & (position < stored)
+    base = tl.zeros_like(m)
     if RELATIVE:
-        z -= tl.where(m == float("-inf"), 0.0, m)[:, None]
-        tl.store(store_max + position * tl.cdiv(V, GROUP_COLUMNS) + c0 // GROUP_COLUMNS, m * k, mask=kept & (c0 + tl.zeros_like(r) < V))
-    tl.store(
-        store + position[:, None] * V + c[None, :], (z * k[:, None]).to(store.dtype.element_ty),
-        mask=kept[:, None] & (c < V)[None, :],
-    )  # fmt: skip
+        base = tl.where(m == float("-inf"), 0.0, m)
+        mask = kept & (c0 + tl.zeros_like(r) < V)
+        tl.store(store_max + position * tl.cdiv(V, GROUP_COLUMNS) + c0 // GROUP_COLUMNS, m * k, mask=mask)
+    store_scaled(store + position * V, z, base, k, kept, c0, V, BLOCK_R, GROUP_COLUMNS)
+
+
+@triton.jit
+def store_scaled(rows, z, base, k, kept, c0, V, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    if BLOCK_C > PART_COLUMNS:
+        left, right = split_columns(z, BLOCK_R, BLOCK_C)
+        store_scaled(rows, left, base, k, kept, c0, V, BLOCK_R, BLOCK_C // 2)
+        store_scaled(rows, right, base, k, kept, c0 + BLOCK_C // 2, V, BLOCK_R, BLOCK_C // 2)
+    else:
+        c = c0 + tl.arange(0, BLOCK_C)
+        z = (z - base[:, None]) * k[:, None]
+        tl.store(rows[:, None] + c[None, :], z.to(rows.dtype.element_ty), mask=kept[:, None] & (c < V)[None, :])
 
 
 @triton.jit
@@ -154,34 +177,40 @@ def forward_kernel(
             z += tl.load(bias + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
         if SOFTCAP:
             z = cap * tanh(z * cap_factor)
-        if RAGGED:
-            # The missing columns of the last tile carry no probability.
-            if c0 + BLOCK_C > V:
-                z = tl.where((c < V)[None, :], z, float("-inf"))
+        if RAGGED == RAGGED_COLUMN:
+            z = tl.where((c < V)[None, :], z, float("-inf"))
 
         # z is not scaled yet: the factor is applied to differences and to results, once per row.
+        GUARD: tl.constexpr = HAS_BIAS or RAGGED == RAGGED_COLUMN
         if tl.load(label_tiles + row_tile * column_tiles + column_tile) != 0:
             y = tl.load(labels + r, mask=r < live, other=-1)
-            label = tl.sum(tl.where(c[None, :] == y[:, None], z, 0.0), 1)
+            label = label_column(z, y - c0, BLOCK_R, BLOCK_C)
             tl.store(label_logit + r, label * k, mask=(y >= c0) & (y < c0 + BLOCK_C))
-        GUARD: tl.constexpr = HAS_BIAS or RAGGED
         if BLOCK_C == GROUP_COLUMNS:
             m = tl.max(z, 1)
             if STORE:
                 store_logits(store, store_max, z, m, k, r, c0, first_row, live, stored, V, BLOCK_R, STORE_RELATIVE)
             s, u = shifted_sums(z, m, k, BLOCK_R, BLOCK_C, GUARD)
         else:
+            tl.static_assert(BLOCK_C == 2 * GROUP_COLUMNS)
             left, right = split_columns(z, BLOCK_R, BLOCK_C)
             left_m, right_m = tl.max(left, 1), tl.max(right, 1)
             if STORE:
-                store_logits(store, store_max, left, left_m, k, r, c0, first_row, live, stored, V, BLOCK_R, STORE_RELATIVE)
+                store_logits(
+                    store, store_max, left, left_m, k, r, c0, first_row, live, stored, V, BLOCK_R, STORE_RELATIVE
+                )
                 store_logits(
                     store, store_max, right, right_m, k, r, c0 + GROUP_COLUMNS, first_row, live, stored, V, BLOCK_R,
                     STORE_RELATIVE,
                 )  # fmt: skip
+            if RAGGED == RAGGED_GROUP:
+                right_inside = c0 + GROUP_COLUMNS + tl.zeros_like(r) < V
+                right_m = tl.where(right_inside, right_m, float("-inf"))
             m = tl.maximum(left_m, right_m)
-            s, u = shifted_sums(left, m, k, BLOCK_R, BLOCK_C // 2, GUARD)
-            right_s, right_u = shifted_sums(right, m, k, BLOCK_R, BLOCK_C // 2, GUARD)
+            s, u = shifted_sums(left, m, k, BLOCK_R, GROUP_COLUMNS, GUARD)
+            right_s, right_u = shifted_sums(right, m, k, BLOCK_R, GROUP_COLUMNS, GUARD)
+            if RAGGED == RAGGED_GROUP:
+                right_s, right_u = tl.where(right_inside, right_s, 0.0), tl.where(right_inside, right_u, 0.0)
             s, u = s + right_s, u + right_u
         out = partial + column_tile.to(tl.int64) * 3 * slab_rows + r
         tl.store(out, m * k, mask=r < live)
@@ -303,7 +332,8 @@ def stored_dlogits_kernel(
         z = tl.load(store + position[:, None] * vocabulary + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if RELATIVE:
             groups = tl.cdiv(vocabulary, GROUP_COLUMNS)
-            z += tl.load(store_max + position[:, None] * groups + (column // GROUP_COLUMNS)[None, :], mask=mask, other=0.0)
+            group = store_max + position[:, None] * groups + (column // GROUP_COLUMNS)[None, :]
+            z += tl.load(group, mask=mask, other=0.0)
         a, b, at_label, m = load_coefficients(coefficients, r, rows, live)
         d = tl.maximum(z - m[:, None], EXP_FLOOR)
         y = tl.load(labels + r, mask=r < live, other=-1)
@@ -366,7 +396,8 @@ def product_kernel(
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
         r0, c0 = row_tile * BLOCK_R, column_tile * BLOCK_C
         acc = product_tile(
-            tl.zeros((BLOCK_R, BLOCK_C), tl.float32), a, b, r0, c0, ROWS, COLUMNS, depth, stride_ar, stride_ad, stride_bc, stride_bd,
+            tl.zeros((BLOCK_R, BLOCK_C), tl.float32), a, b, r0, c0, ROWS, COLUMNS, depth,
+            stride_ar, stride_ad, stride_bc, stride_bd,
             BLOCK_R, BLOCK_C, BLOCK_D, A_DEPTH_MAJOR, True, TMA, UPCAST, PRECISION,
         )  # fmt: skip
         store_columns(out, acc, r0, c0, ROWS, COLUMNS, stride_out, ACCUMULATE, BLOCK_R, BLOCK_C)

@@ -17,10 +17,18 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import INTERPRETER, LinearConfig, Tile, select
+from .configs import INTERPRETER, LinearConfig, Tile, select, unaligned
 from .dispatch import interpreting
 from .reference import STORE_TILE, Head, RowStats, Store, store_dtype, store_tiles, stored_rows
-from .triton_gemm import PART_COLUMNS, dlogits_kernel, forward_kernel, product_kernel, stored_dlogits_kernel
+from .triton_gemm import (
+    PART_COLUMNS,
+    RAGGED_COLUMN,
+    RAGGED_GROUP,
+    dlogits_kernel,
+    forward_kernel,
+    product_kernel,
+    stored_dlogits_kernel,
+)
 from .triton_logits import gradient_arguments, temperature_arguments
 from .triton_rows import coefficients_kernel, gather_kernel, merge_kernel, order_kernel, scatter_kernel
 
@@ -63,23 +71,22 @@ def linear_forward(
     )
     if not n:
         return stats, store
-    tile = (config or select(device.architecture, depth, v, n, hidden.dtype)).forward
+    tile = _usable(config or select(device.architecture, depth, v, n, hidden.dtype), weight).forward
     order, _, counts = _order(target, head.ignore_index)
     column_tiles = triton.cdiv(v, tile.cols)
     slab = _even_slab(n, PARTIAL_BYTES // (12 * column_tiles), max(tile.rows, 128))
     partial, label_logit = torch.empty((column_tiles, 3, slab), **new), torch.empty(slab, **new)
-    tma = tile.tma and _tma_ready(weight)
     for first in range(0, n, slab):
         rows = min(slab, n - first)
         x, labels, row_factor, label_tiles = _gather(hidden, target, order, counts, head, v, first, rows, tile)
         programs = _programs(device, tile, rows, v)
         forward_kernel[(programs,)](
-            *_operands(x, weight, tile, tma), _or(head.bias, x), labels, label_tiles, _or(row_factor, x),
+            *_operands(x, weight, tile), _or(head.bias, x), labels, label_tiles, _or(row_factor, x),
             *_factors(head), partial, label_logit, store.logits, store.tile_max, counts, first, rows, v, depth,
             stored, *x.stride(), *weight.stride(),
             HAS_BIAS=head.bias is not None, ROW_FACTOR=row_factor is not None, SOFTCAP=head.softcap > 0,
-            RAGGED=v % tile.cols != 0, STORE=first < stored, STORE_RELATIVE=store.tile_max.shape[1] > 0,
-            PROGRAMS=programs, TMA=tma, **_constants(tile, hidden),
+            RAGGED=_ragged(v, tile), STORE=first < stored, STORE_RELATIVE=store.tile_max.shape[1] > 0,
+            PROGRAMS=programs, **_constants(tile, hidden),
         )  # fmt: skip
         merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
             partial, label_logit, labels, order, counts, *stats, first, rows, column_tiles,
@@ -111,7 +118,7 @@ def linear_backward(
         dbias = torch.zeros_like(head.bias) if need_bias else None
         return torch.zeros_like(hidden) if need_hidden else None, dw, dbias
     device = _device(hidden)
-    config = config or select(device.architecture, depth, v, n, hidden.dtype)
+    config = _usable(config or select(device.architecture, depth, v, n, hidden.dtype), weight)
     tile, cublas = config.dlogits, config.matmul == "cublas"
     stored = store.logits.shape[0]
     order, rank, counts = _order(target, head.ignore_index, grad_logp, grad_entropy, stored)
@@ -139,21 +146,20 @@ def linear_backward(
         cols = w.shape[0]
         dz = dz_slab[:, :cols]
         bias_partial = torch.zeros((row_tiles, cols), **new) if need_bias else None
-        tma = tile.tma and _tma_ready(weight)
         programs = _programs(device, tile, n, cols)
         bias = None if head.bias is None else head.bias[columns]
-        dz_out = TensorDescriptor.from_tensor(dz, [tile.rows, min(tile.cols, PART_COLUMNS.value)]) if tma else dz
+        dz_out = TensorDescriptor.from_tensor(dz, [tile.rows, min(tile.cols, PART_COLUMNS.value)]) if tile.tma else dz
         dlogits_kernel[(programs,)](
-            *_operands(x, w, tile, tma), _or(bias, x), labels, label_tiles, _or(row_factor, x), *_factors(head),
+            *_operands(x, w, tile), _or(bias, x), labels, label_tiles, _or(row_factor, x), *_factors(head),
             coefficients, dz_out, _or(bias_partial, x), counts, n, cols, depth, first,
             *x.stride(), *w.stride(), dz.stride(0), label_tiles.shape[1],
             HAS_BIAS=bias is not None, ROW_FACTOR=row_factor is not None, SOFTCAP=head.softcap > 0,
-            NEED_BIAS=need_bias, PROGRAMS=programs, TMA=tma,
+            NEED_BIAS=need_bias, PROGRAMS=programs,
             **_constants(tile, hidden),
         )  # fmt: skip
         if stored:
             factor, cap, _ = _factors(head)
-            blocks = triton.cdiv(cols, STORED_COLUMNS) * triton.cdiv(min(n, stored + tile.rows - 1), tile.rows)
+            blocks = triton.cdiv(cols, STORED_COLUMNS) * triton.cdiv(stored, tile.rows)
             stored_dlogits_kernel[(blocks,)](
                 store.logits, store.tile_max, rank, labels, 1.0 / cap, factor, _or(row_factor, x), coefficients, dz,
                 _or(bias_partial, x), counts, n, cols, first, v, dz.stride(0),
@@ -250,7 +256,7 @@ def _weight_product(config: LinearConfig, device, dz: Tensor, x: Tensor, out: Te
     programs = _programs(device, tile, *out.shape)
     product_kernel[(programs,)](
         a, b, out, counts, *out.shape, dz.shape[0], dz.stride(1), dz.stride(0), x.stride(1), x.stride(0),
-        out.stride(0), LIVE_ROWS=False, ACCUMULATE=add, A_DEPTH_MAJOR=True, PROGRAMS=programs, TMA=tile.tma,
+        out.stride(0), LIVE_ROWS=False, ACCUMULATE=add, A_DEPTH_MAJOR=True, PROGRAMS=programs,
         **_constants(tile, x),
     )  # fmt: skip
 
@@ -262,15 +268,14 @@ def _hidden_product(config: LinearConfig, device, dz: Tensor, w: Tensor, out: Te
         out.add_(product) if add else out.copy_(product)
         return
     tile = config.grad_hidden
-    tma = tile.tma and _tma_ready(w)
     a, b = dz, w
-    if tma:
+    if tile.tma:
         a = TensorDescriptor.from_tensor(dz, [tile.rows, tile.depth])
         b = TensorDescriptor.from_tensor(w, [tile.depth, tile.cols])
     programs = _programs(device, tile, *out.shape)
     product_kernel[(programs,)](
         a, b, out, counts, *out.shape, dz.shape[1], *dz.stride(), w.stride(1), w.stride(0), out.stride(0),
-        LIVE_ROWS=True, ACCUMULATE=add, A_DEPTH_MAJOR=False, PROGRAMS=programs, TMA=tma, **_constants(tile, w),
+        LIVE_ROWS=True, ACCUMULATE=add, A_DEPTH_MAJOR=False, PROGRAMS=programs, **_constants(tile, w),
     )  # fmt: skip
 
 
@@ -290,8 +295,15 @@ def _scatter(dx: Tensor, order: Tensor, counts: Tensor, like: Tensor) -> Tensor:
     return out
 
 
-def _operands(x: Tensor, w: Tensor, tile: Tile, tma: bool) -> tuple:
-    if not tma:
+def _ragged(v: int, tile: Tile) -> int:
+    """How `forward_kernel` keeps columns past the end of the vocabulary from carrying probability."""
+    if v % STORE_TILE:
+        return RAGGED_COLUMN.value
+    return RAGGED_GROUP.value if v % tile.cols else 0
+
+
+def _operands(x: Tensor, w: Tensor, tile: Tile) -> tuple:
+    if not tile.tma:
         return x, w
     return (
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
@@ -299,16 +311,19 @@ def _operands(x: Tensor, w: Tensor, tile: Tile, tma: bool) -> tuple:
     )
 
 
-def _tma_ready(t: Tensor) -> bool:
-    """Whether a tensor descriptor can point to it; otherwise the kernel loads through pointers."""
-    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+def _usable(config: LinearConfig, weight: Tensor) -> LinearConfig:
+    """`config` if rows of weight start and end on 16 bytes, as descriptors and wide loads want; else a fallback."""
+    size = weight.element_size()
+    in_place = weight.stride(1) == 1 and weight.data_ptr() % 16 == 0
+    aligned = in_place and weight.stride(0) * size % 16 == 0 and weight.shape[1] * size % 16 == 0
+    return config if aligned else unaligned(config)
 
 
 def _constants(tile: Tile, operand: Tensor) -> dict:
     """Compile-time settings shared by the product kernels, and Triton's own options."""
     return {
         "BLOCK_R": tile.rows, "BLOCK_C": tile.cols, "BLOCK_D": tile.depth, "GROUP": tile.group,
-        "FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize,
+        "FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize, "TMA": tile.tma,
         # The interpreter's dot is wrong on bfloat16.
         "UPCAST": interpreting(), "PRECISION": "ieee" if operand.dtype != torch.float32 else FLOAT32_PRECISION,
         "num_warps": tile.warps, "num_stages": tile.stages,

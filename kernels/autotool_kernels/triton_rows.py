@@ -90,7 +90,8 @@ def gather_kernel(
                 hidden + row[:, None] * stride_n + h.to(tl.int64)[None, :] * stride_h,
                 mask=alive[:, None] & (h < H)[None, :], other=0.0,
             )  # fmt: skip
-            tl.store(x + r.to(tl.int64)[:, None] * stride_x + h[None, :], value, mask=inside[:, None] & (h < H)[None, :])
+            out = x + r.to(tl.int64)[:, None] * stride_x + h[None, :]
+            tl.store(out, value, mask=inside[:, None] & (h < H)[None, :])
 
 
 @triton.jit
