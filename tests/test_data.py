@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from autotool_fast.data import main
+from autotool_fast.tasks.sources.rows import NOTES, REASONS
 
 DATA = Path(__file__).parent / "fixtures" / "data"
 
@@ -118,6 +119,12 @@ def test_output_that_cannot_be_written_is_one_line(capsys, tmp_path):
     missing = tmp_path / "no" / "r.jsonl"
     assert main(["inspect", str(DATA / "xlam"), "--rejects", str(missing)]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_guide_lists_every_reason_and_note():
+    guide = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    for code, meaning in {**REASONS, **NOTES}.items():
+        assert f"| `{code}` | {meaning} |" in guide
 
 
 def test_help_and_mistakes_answer_without_torch(tmp_path):

@@ -95,6 +95,10 @@ def test_parquet_rows_are_read_where_pyarrow_is_installed(tmp_path):
                         tmp_path / "train.parquet")  # fmt: skip
     (item,) = find_inputs(tmp_path).inputs
     assert [example.kind for example in read_input(item)] == ["call", "call", "no_call", "summary"]
+    (tmp_path / "raw.json").write_text(json.dumps(raw))
+    found = find_inputs(tmp_path)
+    assert [item.path.name for item in found.inputs] == ["raw.json"]
+    assert found.skipped == ((tmp_path / "train.parquet", "holds the rows of the JSON files again"),)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1....PAR1")
     with pytest.raises(UserError, match="no readable parquet"):
         list(rows(tmp_path / "broken.parquet"))
@@ -118,7 +122,8 @@ def test_a_folder_of_several_sources_can_be_narrowed(tmp_path):
     assert any("is toolace data" in reason for _, reason in found.skipped)
 
 
-def test_parquet_beside_the_raw_files_is_left_out(tmp_path):
+def test_parquet_beside_the_raw_files_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     raw = (DATA / "rlla_raw" / "rlla_miniature.json").read_text()
     (tmp_path / "rlla.json").write_text(raw)
     (tmp_path / "train.parquet").write_bytes(b"PAR1....PAR1")

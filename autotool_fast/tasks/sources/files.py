@@ -40,7 +40,7 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8-sig") as file:
             yield from _array_rows(path, file) if kind == "array" else _line_rows(file)
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
+        raise UserError(f"cannot be read ({error.strerror or error})", where=str(path)) from None
     except UnicodeDecodeError as error:
         remedy = "download it again, or convert it"
         raise UserError(f"is not UTF-8 text (byte {error.start})", where=str(path), remedy=remedy) from None
@@ -52,7 +52,7 @@ def _kind(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
+        raise UserError(f"cannot be read ({error.strerror or error})", where=str(path)) from None
     where = str(path)
     if head.startswith(_LFS):
         raise UserError("is a Git LFS pointer, not the data", where=where, remedy="run 'git lfs pull' in its folder")
