@@ -16,7 +16,7 @@ from typing import Any
 
 from autotool_fast import files
 from autotool_fast.errors import UserError
-from autotool_fast.eval.records import Benchmark, Played, Policy
+from autotool_fast.eval.records import Benchmark, Played, Policy, Verdict
 from autotool_fast.tasks.record import Task
 
 FORMAT = 1
@@ -141,7 +141,8 @@ def judge(played: Played, mode: str) -> dict[str, Any]:
     Token counts are sums over the replies, the prompt's that of the first one; None where the policy has none.
     """
     try:
-        verdict = played.episode.verdict()
+        # Where nothing was said, doing nothing was no choice of the policy.
+        verdict = played.episode.verdict() if played.replies else Verdict(False, False, played.stop)
         record = played.episode.record()
     finally:
         played.episode.close()

@@ -103,12 +103,6 @@ class Played:
     stop: str
     seconds: float
 
-    @property
-    def length_class(self) -> int:
-        """1 if every reply is short, 0 if one thinks, -1 if one is malformed or the episode was cut."""
-        classes = [reply.parsed.length_class for reply in self.replies]
-        return -1 if self.stop != "finished" or not classes else min(classes)
-
 
 class Benchmark(Protocol):
     """A source of tasks."""

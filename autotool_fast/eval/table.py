@@ -25,8 +25,8 @@ def figures(rows: Sequence[Mapping[str, Any]], parameters: int | None) -> dict[s
     shared = [name for name in details[0] if all(isinstance(d.get(name), (int, float)) for d in details)]
 
     def mean(name: str) -> float | None:
-        values = [row[name] for row in rows]
-        return None if None in values else sum(values) / len(values)
+        values = [row[name] for row in rows if row["replies"] or name != "prompt_tokens"]
+        return None if None in values or not values else sum(values) / len(values)
 
     tokens = mean("output_tokens")
     accuracy = mean("correct")

@@ -1,0 +1,220 @@
+"""The endpoint policy against a server in this process."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from eval_stand_ins import STAND_INS
+
+from autotool_fast.chat import ToolCall
+from autotool_fast.errors import UserError
+from autotool_fast.eval.bfcl import Bfcl
+from autotool_fast.eval.endpoint import Endpoint, EndpointSettings, read_message, sent_messages, sent_names
+from autotool_fast.eval.harness import run
+from autotool_fast.eval.records import Request, call_message
+
+BLOCK = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+class Server:
+    """Answers chat completions with `reply(body)`: a message, or a (status, text) pair."""
+
+    def __init__(self, reply):
+        self.bodies, self.headers = [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.bodies.append(body)
+                outer.headers.append(dict(self.headers))
+                status, text = 200, reply(body)
+                if isinstance(text, tuple):
+                    status, text = text
+                elif isinstance(text, dict):
+                    usage = {"prompt_tokens": 11, "completion_tokens": 7}
+                    text = json.dumps({"choices": [{"message": text}], "usage": usage})
+                try:
+                    self.send_response(status)
+                    self.end_headers()
+                    self.wfile.write(text.encode())
+                except OSError:
+                    pass  # the client has given up
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(reply):
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for made in servers:
+        made.server.shutdown()
+        made.server.server_close()
+
+
+def endpoint(server, **settings):
+    return Endpoint(EndpointSettings(url=getattr(server, "url", server), model="m", **{"retries": 0, **settings}))
+
+
+def ask(policy, mode="auto", tools=("f",)):
+    schemas = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in tools]
+    (reply,) = policy.act([Request([{"role": "user", "content": "hi"}], schemas, lambda: None)], mode)
+    return reply
+
+
+def call(name, arguments):
+    return {"id": "x", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_a_benchmark_is_played_over_http(serve, tmp_path):
+    def reply(body):
+        if body["messages"][-1]["role"] == "tool":
+            return {"content": "Done."}
+        wanted = {"Light the hall.": ["hall"], "And the desk, then show me.": ["desk"]}
+        lamps = wanted.get(body["messages"][-1]["content"], [])
+        return {
+            "content": None,
+            "tool_calls": [call("switch", json.dumps({"lamp": lamp, "to": "on"})) for lamp in lamps],
+        }
+
+    server = serve(reply)
+    benchmark = Bfcl(STAND_INS / "bfcl", ["multi_turn_base"])
+    (row,) = run(benchmark, endpoint(server, parameters=1_000_000), tmp_path)
+    benchmark.close()
+    assert row["correct"]
+    assert (row["prompt_tokens"], row["output_tokens"], row["think_tokens"]) == (11, 4 * 7, 0)
+    last = server.bodies[-1]["messages"]
+    assert [m["role"] for m in last] == ["user", "assistant", "tool", "assistant", "user", "assistant", "tool"]
+    assert last[1]["tool_calls"][0]["id"] == last[2]["tool_call_id"] != last[6]["tool_call_id"]
+    assert {tool["function"]["name"] for tool in server.bodies[0]["tools"]} >= {"switch", "look"}
+
+
+@pytest.mark.parametrize(
+    ("message", "mode", "calls", "text", "errors"),
+    [
+        ({"content": "", "tool_calls": [call("f", '{"a": 1}')]}, "no_think", [("f", {"a": 1})], "", ()),
+        ({"content": None, "tool_calls": [call("f", ""), call("f", "{}")]}, "no_think", [("f", {})] * 2, "", ()),
+        ({"content": "Sure.", "tool_calls": [call("f", "{}")]}, "no_think", [("f", {})], "Sure.", ()),
+        ({"content": "x", "reasoning_content": "hm"}, "think", [], "x", ()),
+        ({"content": "<think>\nhm\n</think>\n\nx"}, "think", [], "x", ()),
+        ({"content": "<think>\n\n</think>\n\nx"}, "no_think", [], "x", ()),
+        ({"content": f"[think]\n<think>\nhm\n</think>\n{BLOCK}"}, "think", [("f", {})], "", ()),
+        ({"content": BLOCK}, "no_think", [("f", {})], "", ()),
+        ({"content": "", "tool_calls": [call("f", '{"a": NaN}')]}, "no_think", [], "", ("non_finite_number",)),
+        ({"content": "", "tool_calls": [call("f", '{"a": ')]}, "no_think", [], "", ("bad_json",)),
+        ({"content": "", "tool_calls": [call("f", "[1]")]}, "no_think", [], "", ("bad_arguments",)),
+        ({"content": "", "tool_calls": [call(None, "{}")]}, "no_think", [], "", ("bad_name",)),
+        ({"content": ""}, "no_think", [], "", ("empty_reply",)),
+        ({"content": "x", "reasoning_content": "a </think> b"}, "think", [], "x", ()),
+    ],
+)  # fmt: skip
+def test_messages_are_read_as_strictly_as_text(message, mode, calls, text, errors):
+    parsed = read_message(message, {}, {}).parsed
+    assert (parsed.mode, [(c.name, c.arguments) for c in parsed.calls], parsed.text) == (mode, calls, text)
+    assert parsed.errors == errors
+
+
+def test_names_are_sent_as_servers_accept_them_and_come_back(serve):
+    names = sent_names(["a.b", "a_b", "ü", "x" * 80, "x" * 81])
+    assert names["a.b"] == "a_b"
+    assert names["a_b"] == "a_b_2"
+    assert len(set(names.values())) == 5
+    assert all(len(name) <= 64 and name.isascii() for name in names.values())
+    server = serve(lambda body: {"content": "", "tool_calls": [call(body["tools"][0]["function"]["name"], "{}")]})
+    assert ask(endpoint(server), tools=("Pool.open", "b")).parsed.calls == (ToolCall("Pool.open", {}),)
+
+
+def test_tool_messages_name_the_calls_they_answer():
+    history = [
+        call_message("", [ToolCall("f", {"a": 1}), ToolCall("f", {"a": 2})]),
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+        call_message("", [ToolCall("f", {})]),
+        {"role": "tool", "content": "3"},
+    ]
+    sent = sent_messages(history, {"f": "f_sent"})
+    made = [made["id"] for message in sent for made in message.get("tool_calls", ())]
+    assert [message["tool_call_id"] for message in sent if message["role"] == "tool"] == made
+    assert len(set(made)) == 3
+    assert sent[0]["tool_calls"][0]["function"] == {"name": "f_sent", "arguments": '{"a": 1}'}
+
+
+def test_modes_are_forced_by_tag_or_template_or_refused(serve):
+    server = serve(lambda body: {"content": "<think>\n1\n</think>\nx"})
+    reply = ask(endpoint(server, mode_switch="tag"), "think")
+    assert reply.parsed.length_class == 0
+    assert server.bodies[-1]["messages"][-1] == {"role": "assistant", "content": "[think]\n"}
+    assert server.bodies[-1]["continue_final_message"]
+    ask(endpoint(server, mode_switch="enable_thinking"), "no_think")
+    assert server.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+    with pytest.raises(UserError, match="cannot be made to reply in mode think"):
+        ask(endpoint(server), "think")
+
+
+def test_the_key_is_sent_and_kept_out_of_the_configuration(serve, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    server = serve(lambda body: {"content": "x"})
+    policy = endpoint(server, key_variable="MY_KEY")
+    ask(policy)
+    assert server.headers[-1]["Authorization"] == "Bearer s3cret"
+    assert "s3cret" not in json.dumps(policy.config())
+
+
+def test_failures_that_may_pass_are_tried_again(serve):
+    answers = [(503, "busy"), (429, "slow down"), {"content": "x"}]
+    server = serve(lambda body: answers.pop(0))
+    assert ask(endpoint(server, retries=2)).parsed.text == "x"
+    assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        ((404, '{"error": {"message": "no model m\\nhere"}}'), "answered 404 (no model m here)"),
+        ((500, "oops"), "answered 500 (oops)"),
+        ((200, "<html>"), "did not answer with JSON"),
+        ((200, '{"object": "list"}'), "answered without choices[0].message"),
+        ((200, '{"choices": [{"message": null}]}'), "answered without choices[0].message"),
+    ],
+)
+def test_a_failing_server_is_one_line(serve, reply, words):
+    server = serve(lambda body: reply)
+    with pytest.raises(UserError) as caught:
+        ask(endpoint(server, retries=1 if reply[0] == 404 else 0))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(server.bodies) == 1
+
+
+def test_a_silent_server_and_no_server_are_one_line(serve):
+    def sleep(body):
+        time.sleep(0.5)
+        return {"content": "x"}
+
+    server = serve(sleep)
+    with pytest.raises(UserError, match=r"did not answer within 0.1 s"):
+        ask(endpoint(server, timeout_s=0.1))
+    with pytest.raises(UserError, match=r"cannot be reached .*refused.*is the server running"):
+        ask(endpoint("http://127.0.0.1:9/v1"))
+
+
+def test_one_failure_of_many_requests_stops_the_batch(serve):
+    server = serve(lambda body: (400, "bad") if body["messages"][0]["content"] == "3" else {"content": "x"})
+    requests = [Request([{"role": "user", "content": str(i)}], [], lambda: None) for i in range(6)]
+    with pytest.raises(UserError, match="answered 400"):
+        endpoint(server, concurrency=2).act(requests, "auto")
+    kept = [request for i, request in enumerate(requests) if i != 3]
+    assert [reply.parsed.text for reply in endpoint(server).act(kept, "auto")] == ["x"] * 5

@@ -1,0 +1,109 @@
+"""A checkpoint as a policy: whole episodes in the local engine, figures as the training-time evaluation has them."""
+
+import pytest
+from eval_stand_ins import STAND_INS
+from transformers import AutoModelForCausalLM
+
+from autotool_fast.chat import ChatFormat
+from autotool_fast.checkpoint import no_progress_bars
+from autotool_fast.config import ModelConfig
+from autotool_fast.errors import UserError
+from autotool_fast.eval.__main__ import main
+from autotool_fast.eval.apibank import ApiBank
+from autotool_fast.eval.bfcl import Bfcl
+from autotool_fast.eval.embedded import Embedded
+from autotool_fast.eval.engine_policy import EngineSettings, LocalEngine
+from autotool_fast.eval.harness import run
+from autotool_fast.evaluate import cell_weights, evaluate
+from autotool_fast.rollout.driver import RolloutLimits
+from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.tasks.tiny import build_model, build_tokenizer
+from autotool_fast.tasks.world import World
+
+FAMILIES = ("set", "missing")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    config = ModelConfig(layers=1, hidden=16, heads=2, kv_heads=2, intermediate=16)
+    with no_progress_bars():
+        build_model(config, tokenizer, seed=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def policy(checkpoint, **settings):
+    small = {"slots": 4, "max_len": 96, "max_turn_tokens": 8, "max_new_tokens": 16}
+    return LocalEngine(EngineSettings(checkpoint=str(checkpoint), **{**small, **settings}))
+
+
+@pytest.mark.parametrize("mode", ["auto", "think", "no_think"])
+def test_figures_are_those_of_the_training_time_evaluation(checkpoint, tmp_path, mode):
+    benchmark = Embedded(FAMILIES, per_cell=3)
+    rows = run(benchmark, policy(checkpoint), tmp_path, modes=(mode,))
+    tokenizer = build_tokenizer()
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    seen = []
+    evaluate(
+        SlotEngine(model, slots=4, max_len=96),
+        ChatFormat(tokenizer),
+        benchmark.tasks(),
+        cell_weights(World(FAMILIES), 0.5),
+        limits=RolloutLimits(max_turns=256, max_calls=4096, max_new_tokens=16, max_turn_tokens=8, deadline_s=None),
+        modes=(mode,),
+        on_mode=lambda _, trajectories: seen.extend(trajectories),
+    )
+    assert len(rows) == len(seen) == 6
+    for row, t in zip(rows, seen, strict=True):
+        assert row["id"] == t.task.id
+        assert row["output_tokens"] == t.n_response_tokens
+        assert row["think_tokens"] == t.n_think_tokens
+        assert row["prompt_tokens"] == t.n_prompt
+        assert row["stop"] == t.stop_reason.value
+        assert row["correct"] >= t.correct
+    if mode != "auto":
+        assert all(reply.startswith(f"[{mode}]\n") for row in rows for reply in row["replies"])
+
+
+def test_the_configuration_names_what_replies_depend_on(checkpoint):
+    config = policy(checkpoint).config()
+    assert config["weights"][0][0] == "model.safetensors"
+    assert config["max_len"] == 96
+    assert config != policy(checkpoint, temperature=1.0).config()
+
+
+def test_a_prompt_without_room_for_a_reply_is_wrong_and_not_fatal(checkpoint, tmp_path):
+    benchmark = Embedded((*FAMILIES, "irrelevant"), per_cell=2)
+    rows = run(benchmark, policy(checkpoint, max_len=20, max_new_tokens=10), tmp_path)
+    assert {row["stop"] for row in rows} == {"prompt_too_long"}
+    assert {row["correct"] for row in rows} == {False}
+    assert {row["output_tokens"] for row in rows} == {0}
+
+
+def test_a_policy_that_could_not_reply_is_not_right_where_silence_is(checkpoint, tmp_path):
+    benchmark = Bfcl(STAND_INS / "bfcl", ["irrelevance"])
+    (row,) = run(benchmark, policy(checkpoint, max_len=20, max_new_tokens=10), tmp_path)
+    benchmark.close()
+    assert (row["correct"], row["reason"]) == (False, "prompt_too_long")
+
+
+def test_histories_with_calls_reach_the_model(checkpoint, tmp_path):
+    rows = run(ApiBank(STAND_INS / "apibank"), policy(checkpoint, max_len=900), tmp_path)
+    assert len(rows) == 5
+    assert all(row["output_tokens"] > 0 for row in rows)
+
+
+def test_the_command_plays_a_checkpoint(checkpoint, tmp_path, capsys):
+    argv = ["--benchmark", "world", "--categories", "set", "--limit", "2", "--policy", "engine"]
+    argv += ["--checkpoint", str(checkpoint), "--max-len", "96", "--max-new-tokens", "16", "--out", str(tmp_path / "o")]
+    assert main(argv) == 0
+    assert "ACU" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_loaded_is_one_line(checkpoint, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "no such"}')
+    with pytest.raises(UserError, match="cannot be loaded"):
+        policy(tmp_path)
