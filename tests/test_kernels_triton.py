@@ -1,10 +1,14 @@
-"""What only the Triton kernels promise: batch invariance, merge identities, bounded slabs, shared bits."""
+"""What only the Triton kernels promise: batch invariance, neutral blocks and slabs, compaction, shared bits."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import kernels_oracle as oracle
 import pytest
 import torch
-from autotool_kernels import linear_logp_entropy, philox, reference
+from autotool_kernels import configs, linear_logp_entropy, philox, reference
+from autotool_kernels.reference import Head
 from kernels_oracle import DEVICE, QUIET
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +18,13 @@ tl = pytest.importorskip("triton.language")
 import triton  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
+TILE = configs.Tile(rows=32, cols=128, depth=32, warps=1, stages=2, group=2, tma=True)
+
+
+def uniform(**changes) -> configs.LinearConfig:
+    """The same small tile for every product."""
+    tile = dataclasses.replace(TILE, **changes)
+    return configs.LinearConfig(tile, tile, tile, tile)
 
 
 def problem(n, h, v):
@@ -24,26 +35,231 @@ def problem(n, h, v):
     return hidden.to(DEVICE), weight.to(DEVICE), target.to(DEVICE)
 
 
+def gradients(n, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=g).to(DEVICE), torch.randn(n, generator=g).to(DEVICE)
+
+
+def step(args, upstream, head=Head(), store_bytes=0, config=None, **needs):  # noqa: B008
+    """(stats, store, (dX, dW, dbias)) straight from the backend's functions."""
+    stats, store = triton_linear.linear_forward(*args, head, store_bytes, config=config)
+    grads = triton_linear.linear_backward(*upstream, *args, stats, store, head, config=config, **needs)
+    return stats, store, grads
+
+
+def expected(args, upstream, live=None, **options):
+    """Outputs and gradients in float64; rows outside `live` do not exist."""
+    hidden, weight, target = args
+    live = torch.ones_like(target, dtype=torch.bool) if live is None else live
+    x, w = hidden[live].double().requires_grad_(), weight.double().requires_grad_()
+    out = oracle.linear(x, w, target[live], **options)
+    dx_live, dw = oracle.gradients(out, (x, w), [u[live].double() for u in upstream])
+    dx = torch.zeros(hidden.shape, dtype=torch.float64, device=DEVICE)
+    dx[live] = dx_live
+    return *(o.detach() for o in out), dx, dw
+
+
+def assert_close(actual, wanted):
+    # float32 sums of up to 1e3 terms of size up to ~20: 20 * 2^-24 * sqrt(1e3) is 4e-5.
+    assert (actual - wanted).abs().max() <= 5e-5 * max(1.0, wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        uniform(),
+        uniform(tma=False),
+        uniform(tma=False, flatten=False, group=1),
+        uniform(cols=256, rows=16, depth=16, programs=2),
+        dataclasses.replace(uniform(), matmul="cublas"),
+    ],
+    ids=["tma", "pointers", "nested loops", "two groups of columns", "cublas"],
+)
+@pytest.mark.parametrize(("n", "h", "v"), [(70, 40, 650), (33, 24, 384)])  # ragged; V ends with half of a wide tile
+def test_every_path_matches_float64(config, n, h, v):
+    args, upstream = problem(n, h, v), gradients(n)
+    # Room for 40 rows: one whole tile of stored rows, and a tile of which only some rows are stored.
+    for store_bytes in (0, 40 * 4 * v):
+        stats, store, (dx, dw, _) = step(args, upstream, store_bytes=store_bytes, config=config)
+        assert store.logits.shape[0] == min(n, store_bytes // (4 * v))
+        for actual, wanted in zip((stats.logp, stats.entropy, dx, dw), expected(args, upstream), strict=True):
+            assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("h", [7, 12])  # rows that are no multiple of 16 bytes
+def test_unaligned_and_strided_weights_take_the_pointer_path(h):
+    hidden, weight, target = problem(20, h, 150)
+    upstream = gradients(20)
+    wanted = expected((hidden, weight, target), upstream)
+    shifted = torch.empty(weight.numel() + 1, device=DEVICE)[1:].view(weight.shape).copy_(weight)
+    for w in (weight, shifted, weight.t().contiguous().t()):
+        stats, _, (dx, dw, _) = step((hidden, w, target), upstream)
+        for actual, want in zip((stats.logp, stats.entropy, dx, dw), wanted, strict=True):
+            assert_close(actual, want)
+
+
+@pytest.mark.parametrize("config", [uniform(), uniform(tma=False), dataclasses.replace(uniform(), matmul="cublas")])
+@pytest.mark.parametrize("store_bytes", [0, 1 << 30])
+def test_dead_rows_are_left_out_whatever_they_hold(config, store_bytes):
+    hidden, weight, target = problem(75, 24, 200)
+    upstream = gradients(75)
+    target[::3] = -100
+    clean, live = hidden.clone(), target != -100
+    hidden[::3] = float("nan")
+    stats, store = triton_linear.linear_forward(hidden, weight, target, Head(), store_bytes, config=config)
+    # Rows without gradient: the backward must not look at them either.
+    for u in upstream:
+        u[1::6] = 0
+    hidden[1::6] = float("inf")
+    with_gradient = live.clone()
+    with_gradient[1::6] = False
+    dx, dw, _ = triton_linear.linear_backward(
+        *upstream, hidden, weight, target, stats, store, Head(), config=config
+    )  # fmt: skip
+    assert dx[~with_gradient].count_nonzero() == 0
+    for column in stats:
+        assert column[~live].count_nonzero() == 0
+    wanted = expected((clean, weight, target), upstream, with_gradient)
+    assert_close(dx, wanted[2])
+    assert_close(dw, wanted[3])
+
+
+def test_all_rows_dead_and_one_row():
+    hidden, weight, target = problem(40, 16, 130)
+    dead = torch.full_like(target, -100)
+    stats, _, grads = step((hidden, weight, dead), gradients(40), need_bias=False)
+    assert all(t.count_nonzero() == 0 for t in (*stats, *grads[:2]))
+    args, upstream = (hidden[:1], weight[:1], target[:1] * 0), gradients(1)
+    stats, _, grads = step(args, upstream)
+    assert all(t.count_nonzero() == 0 for t in (*stats[:2], *grads[:2]))  # V = 1: certain
+
+
+def test_stored_rows_follow_the_live_rows_of_the_forward():
+    """Row r of the store is the r-th live row of the forward, also when the backward leaves other rows out."""
+    hidden, weight, target = problem(70, 16, 200)
+    upstream = gradients(70)
+    target[::4] = -100
+    for u in upstream:
+        u[5:30] = 0
+    live = (target != -100) & (upstream[0] != 0)
+    for rows in (1, 33, 70):
+        head = Head(row_temperature=torch.linspace(0.5, 2, 70, device=DEVICE), softcap=6.0, logit_scale=0.5)
+        _, store, (dx, dw, _) = step((hidden, weight, target), upstream, head, 4 * 200 * rows, uniform())
+        assert store.logits.shape[0] == rows
+        wanted = expected(
+            (hidden, weight, target), upstream, live, temperature=head.row_temperature[live], softcap=6.0,
+            logit_scale=0.5,
+        )  # fmt: skip
+        assert_close(dx, wanted[2])
+        assert_close(dw, wanted[3])
+
+
+def test_store_holds_scaled_logits_relative_to_group_maxima():
+    hidden, weight, target = problem(40, 16, 300)
+    target[3] = -100
+    live = target != -100
+    z = (hidden[live].double() @ weight.double().T) / 0.7
+    _, whole = triton_linear.linear_forward(hidden, weight, target, Head(temperature=0.7), 1 << 30, config=uniform())
+    assert (whole.logits[: len(z)] - z).abs().max() <= 1e-5
+    low = (hidden.bfloat16(), weight.bfloat16(), target)  # multiples of 1/8 are exact
+    for cols in (128, 256):
+        _, store = triton_linear.linear_forward(*low, Head(temperature=0.7), 1 << 30, config=uniform(cols=cols))
+        assert store.logits.dtype == torch.bfloat16
+        for i, group in enumerate(z.split(128, 1)):
+            assert (store.tile_max[: len(z), i] - group.amax(1)).abs().max() <= 1e-5
+            relative = group - group.amax(1, keepdim=True)
+            # bfloat16 has 8 bits; the interpreter truncates where a GPU rounds.
+            stored = store.logits[: len(z), 128 * i : 128 * (i + 1)]
+            assert ((stored - relative).abs() <= 2.0**-7 * relative.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("need", ["need_hidden", "need_weight", "need_bias"])
+def test_only_what_is_needed_comes_back(need):
+    args, upstream = problem(10, 16, 130), gradients(10)
+    head = Head(bias=torch.linspace(-1, 1, 130, device=DEVICE))
+    everything = step(args, upstream, head, need_bias=True)[2]
+    needs = {name: name == need for name in ("need_hidden", "need_weight", "need_bias")}
+    for name, grad, whole in zip(needs, step(args, upstream, head, **needs)[2], everything, strict=True):
+        assert (grad is None) == (name != need)
+        assert grad is None or torch.equal(grad, whole)
+
+
+@pytest.mark.parametrize("store_bytes", [0, 1 << 30])
+def test_bias_gradient_is_the_column_sum_over_live_rows(store_bytes):
+    hidden, weight, target = problem(40, 16, 700)
+    upstream = gradients(40)
+    target[::5] = -100
+    head = Head(bias=torch.linspace(-1, 1, 700, device=DEVICE))
+    dbias = step((hidden, weight, target), upstream, head, store_bytes, need_bias=True)[2][2]
+    bias = head.bias.double().requires_grad_()
+    out = oracle.linear(hidden.double(), weight.double(), target, bias=bias)
+    (wanted,) = oracle.gradients(out, (bias,), upstream)
+    assert_close(dbias, wanted)
+
+
+def test_weight_gradient_is_added_to_a_running_sum():
+    args, upstream = problem(40, 16, 200), gradients(40)
+    total = torch.ones(200, 16, device=DEVICE)
+    _, _, (_, dw, _) = step(args, upstream, weight_sum=total)
+    assert dw is None
+    assert_close(total - 1, expected(args, upstream)[3])
+
+
 def test_a_row_does_not_depend_on_its_neighbours_or_its_place():
-    hidden, weight, target = problem(130, 40, 1100)
+    hidden, weight, target = problem(130, 40, 700)
+    target[::9] = -100
     whole = linear_logp_entropy(hidden, weight, target, backend="triton")
     rows = torch.tensor([129, 0, 64, 63, 7], device=DEVICE)
     some = linear_logp_entropy(hidden[rows], weight, target[rows], backend="triton")
-    for a, b in zip(whole, some, strict=True):
+    alone = linear_logp_entropy(hidden[64:65], weight, target[64:65], backend="triton")
+    for a, b, c in zip(whole, some, alone, strict=True):
         assert torch.equal(a[rows], b)
+        assert torch.equal(a[64:65], c)
 
 
-def test_row_block_is_bit_neutral(monkeypatch):
-    args = problem(70, 40, 300)
-    reference_out = linear_logp_entropy(*args, backend="triton")
-    monkeypatch.setattr(triton_linear, "BLOCK_N", 32)
-    for a, b in zip(reference_out, linear_logp_entropy(*args, backend="triton"), strict=True):
+@pytest.mark.parametrize(
+    "change", [{"rows": 64}, {"rows": 16}, {"stages": 3}, {"group": 7}, {"programs": 3}, {"tma": False}], ids=str
+)
+def test_settings_that_may_follow_the_number_of_tokens_are_bit_neutral(change):
+    hidden, weight, target = problem(70, 40, 300)
+    head = Head(temperature=0.9)
+    first, _ = triton_linear.linear_forward(hidden, weight, target, head, config=uniform())
+    config = dataclasses.replace(uniform(), forward=dataclasses.replace(TILE, **change))
+    assert configs.bits_key("sm_90", config.forward) == configs.bits_key("sm_90", TILE)
+    other, _ = triton_linear.linear_forward(hidden, weight, target, head, config=config)
+    for a, b in zip(first, other, strict=True):
         assert torch.equal(a, b)
 
 
-def test_rows_far_below_zero_survive_the_split_merge():
-    """Two vocabulary splits whose logits all lie below -88, where a maximum that starts at 0 gives NaN."""
-    v = triton_linear.BLOCK_V * triton_linear.SPLIT_TILES + 5
+def test_row_slabs_of_the_forward_are_bit_neutral(monkeypatch):
+    args = problem(300, 8, 300)
+    args[2][::7] = -100
+    whole, whole_store = triton_linear.linear_forward(*args, Head(), 4 * 300 * 200)
+    monkeypatch.setattr(triton_linear, "PARTIAL_BYTES", 1)  # slabs of one step: 128 rows
+    slabs, store = triton_linear.linear_forward(*args, Head(), 4 * 300 * 200)
+    for a, b in zip((*whole, whole_store.logits), (*slabs, store.logits), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_slabs_of_the_backward_change_nothing_but_rounding(monkeypatch):
+    args, upstream = problem(40, 8, 1300), gradients(40)
+    whole = step(args, upstream, need_bias=True, head=Head(bias=torch.zeros(1300, device=DEVICE)))[2]
+    monkeypatch.setattr(triton_linear, "DLOGITS_BYTES", 1)
+    slabs = step(args, upstream, need_bias=True, head=Head(bias=torch.zeros(1300, device=DEVICE)))[2]
+    for a, b in zip(whole, slabs, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_repeats_are_bitwise_equal():
+    args, upstream = problem(50, 16, 260), gradients(50)
+    first, second = (step(args, upstream, store_bytes=4 * 260 * 20) for _ in range(2))
+    for a, b in zip((*first[0], *first[2][:2]), (*second[0], *second[2][:2]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_far_below_zero_survive_the_merge_of_tiles():
+    """Two vocabulary tiles whose logits all lie below -88, where a maximum that starts at 0 gives NaN."""
+    v = 133
     hidden = torch.full((2, 1), -1.0, device=DEVICE)
     weight = torch.linspace(200, 210, v, device=DEVICE)[:, None]
     target = torch.tensor([0, v - 1], device=DEVICE)
@@ -54,27 +270,24 @@ def test_rows_far_below_zero_survive_the_split_merge():
     assert (entropy + (log_p.exp() * log_p).sum()).abs().max() <= 5e-5
 
 
+@pytest.mark.parametrize("cols", [128, 256])
+def test_missing_columns_of_the_last_tile_carry_no_probability(cols):
+    """All logits are -50: one phantom logit of 0 would take the whole mass."""
+    for v in (129, 384):
+        hidden, weight = torch.full((1, 8), -1.0, device=DEVICE), torch.full((v, 8), 6.25, device=DEVICE)
+        stats, _ = triton_linear.linear_forward(
+            hidden, weight, torch.tensor([v - 1], device=DEVICE), Head(), config=uniform(cols=cols)
+        )
+        assert stats.entropy.item() == pytest.approx(torch.tensor(float(v)).log().item(), abs=2e-6)
+        assert stats.logp.item() == pytest.approx(-stats.entropy.item(), abs=2e-6)
+
+
 def test_merge_identity():
     empty = tuple(torch.tensor([x]) for x in (float("-inf"), 0.0, 0.0))
     part = tuple(torch.tensor([x]) for x in (-300.0, 2.0, -0.5))
     for pair in ((empty, part), (part, empty)):
         assert all(torch.equal(a, b) for a, b in zip(reference.merge(*pair), part, strict=True))
     assert [t.item() for t in reference.merge(empty, empty)] == [float("-inf"), 0.0, 0.0]
-
-
-def test_slabs_of_the_backward_change_nothing_but_rounding(monkeypatch):
-    hidden, weight, target = problem(70, 8, 300)
-
-    def gradients():
-        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = linear_logp_entropy(x, w, target, backend="triton")
-        return torch.autograd.grad(out.logp.sum() + out.entropy.sum(), (x, w))
-
-    whole = gradients()
-    monkeypatch.setattr(triton_linear, "SLAB_COLUMNS", 128)
-    monkeypatch.setitem(reference.TILE_ELEMENTS, DEVICE, 128 * 32)
-    for a, b in zip(whole, gradients(), strict=True):
-        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -91,18 +304,26 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("module", [reference, triton_linear])
-def test_logits_are_never_whole(module, monkeypatch):
-    n, h, v, budget = 300, 4, 700, 5000
-    monkeypatch.setattr(reference, "VOCAB_TILE", 100)
-    monkeypatch.setattr(triton_linear, "SLAB_COLUMNS", 100)
-    monkeypatch.setitem(reference.TILE_ELEMENTS, DEVICE, budget)
-    hidden, weight, target = problem(n, h, v)
-    ones = torch.ones(n, device=DEVICE)
+def test_logits_are_never_whole(monkeypatch):
+    n, h, v = 40, 4, 2000
+    budget = n * triton_linear.SLAB_STEP
+    monkeypatch.setattr(triton_linear, "DLOGITS_BYTES", 4 * budget)
+    args, upstream = problem(n, h, v), gradients(n)
     with LargestTensor() as largest:
-        stats = module.linear_forward(hidden, weight, target, 1.0, None, -100)
-        module.linear_backward(ones, ones, hidden, weight, target, stats, 1.0, None, -100)
+        step(args, upstream)
     assert largest.numel <= budget < n * v
+
+
+def test_workspaces_are_bounded_at_every_size():
+    for n in (1, 8192, 65536, 1 << 20):
+        for v in (1, 151936, 256000):
+            columns = triton_linear.slab_columns(n, v, 2)
+            least = min(triton_linear.SLAB_STEP, v + 127)
+            assert 1 <= columns <= v + 127
+            assert columns * n * 2 <= max(triton_linear.DLOGITS_BYTES, n * 2 * least)
+            assert columns % 128 == 0
+            # Chunks of the vocabulary begin on tiles of the label map.
+            assert columns >= v or columns % 256 == 0
 
 
 @triton.jit

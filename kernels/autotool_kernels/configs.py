@@ -27,6 +27,8 @@ SHARED_BYTES = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10,
     "sm_100": 227 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10, "sm_121": 99 << 10,
 }  # fmt: skip
+# The backward zeroes this many token rows behind the last live one, and a tile must not read past them.
+LARGEST_BLOCK = 256
 # Row tiles of one group keep about this much of the row operand in the L2 cache.
 GROUP_BYTES = 16 << 20
 
@@ -58,8 +60,8 @@ class Tile:
         for field in ("rows", "cols", "depth", "warps"):
             if getattr(self, field) & (getattr(self, field) - 1):
                 raise ValueError(f"{field} must be a power of two: got {getattr(self, field)}")
-        if min(self.rows, self.cols, self.depth) < 16:
-            raise ValueError(f"rows, cols and depth must be at least 16: got {self.rows}, {self.cols}, {self.depth}")
+            if field != "warps" and not 16 <= getattr(self, field) <= LARGEST_BLOCK:
+                raise ValueError(f"{field} must be in 16..{LARGEST_BLOCK}: got {getattr(self, field)}")
         if self.specialize and self.warps != 4:
             raise ValueError(f"specialize needs warps = 4, with others Triton ignores it: got {self.warps}")
 
@@ -82,8 +84,9 @@ class LinearConfig:
         if self.matmul not in MATMULS:
             raise ValueError(f"matmul must be one of {', '.join(MATMULS)}: got {self.matmul!r}")
         for name in ("forward", "dlogits"):
-            if getattr(self, name).cols % STORE_TILE:
-                raise ValueError(f"{name}.cols must be a multiple of {STORE_TILE}: got {getattr(self, name).cols}")
+            if getattr(self, name).cols not in (STORE_TILE, 2 * STORE_TILE):
+                got = getattr(self, name).cols
+                raise ValueError(f"{name}.cols must be {STORE_TILE} or {2 * STORE_TILE}: got {got}")
         if self.dlogits.rows % self.grad_weight.depth:
             # grad_weight reads whole steps of token rows, and dlogits zeroes dead rows up to its own tile only.
             raise ValueError(
@@ -115,8 +118,9 @@ def defaults(architecture: str, hidden: int, vocab: int, tokens: int, dtype: tor
         return LinearConfig(tile, tile, tile, tile)
     tma = _generation(architecture) >= 9
     if dtype.itemsize == 4:
-        # Three tf32 products per float32 product: mma.sync needs both halves of every operand in registers.
-        tile = Tile(rows=64, cols=128, depth=32, warps=4 if tma else 8, stages=2, tma=tma, flatten=tma)
+        # Three tf32 products per float32 product: mma.sync holds both halves of every operand in registers.
+        lean = _generation(architecture) in (9, 10)
+        tile = Tile(rows=64, cols=128, depth=32, warps=4 if lean else 8, stages=2, tma=lean, flatten=lean)
         return LinearConfig(tile, tile, tile, tile)
     shared = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
     group = max(1, min(64, GROUP_BYTES // (128 * hidden * dtype.itemsize)))
@@ -168,7 +172,11 @@ def _select(architecture: str, hidden: int, vocab: int, tokens: int, dtype: torc
         entries = sorted((e for e in fitting if e.kernel == kernel), key=lambda e: e.tokens)
         entry = next((e for e in entries if e.tokens >= tokens), entries[-1] if entries else None)
         if entry is not None:
-            config = dataclasses.replace(config, **{kernel: entry.config})
+            try:
+                config = dataclasses.replace(config, **{kernel: entry.config})
+            except ValueError as error:
+                where = f"{TUNED / architecture}.json: {kernel} for {hidden} x {vocab}, {entry.tokens} tokens"
+                raise ValueError(f"{where}: {error}") from error
     return config
 
 

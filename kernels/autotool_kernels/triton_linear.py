@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import INTERPRETER, LinearConfig, Tile, select, unaligned
+from .configs import INTERPRETER, LARGEST_BLOCK, LinearConfig, Tile, select, unaligned
 from .dispatch import interpreting
 from .reference import STORE_TILE, Head, RowStats, Store, store_dtype, store_tiles, stored_rows
 from .triton_gemm import (
@@ -37,8 +37,6 @@ DLOGITS_BYTES = 512 << 20  # backward: dL/dlogits of one slab of the vocabulary
 ORDER_BLOCK = 4096
 ROW_BLOCK, HIDDEN_BLOCK = 8, 512
 MERGE_ROWS, MERGE_TILES = 16, 64
-# Gathered rows are zero this far behind the last live one: the largest number of rows a tile may have.
-PAD = 256
 SLAB_STEP = 512
 STORED_ROWS, STORED_COLUMNS = 16, 512
 COEFFICIENT_ROWS = 256
@@ -223,7 +221,7 @@ def _gather(
         hidden, target, t, order, counts, x, labels, _or(row_factor, labels), label_tiles,
         first, rows, depth, v, tiles[1], 1.0 if head.softcap else float(head.logit_scale),
         *hidden.stride(), target.stride(0), t_stride, x.stride(0),
-        HAS_ROW_T=row_factor is not None, TILE_R=tile.rows, TILE_C=tile.cols, PAD=PAD,
+        HAS_ROW_T=row_factor is not None, TILE_R=tile.rows, TILE_C=tile.cols, PAD=LARGEST_BLOCK,
         BLOCK_R=ROW_BLOCK, BLOCK_H=HIDDEN_BLOCK,
     )  # fmt: skip
     return x, labels, row_factor, label_tiles
