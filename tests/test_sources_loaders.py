@@ -162,6 +162,16 @@ def test_a_turn_refused_for_its_label_alone_leaves_the_later_ones_readable():
     assert (first.reason, second.kind) == ("empty_reply", "call")
 
 
+def test_a_turn_that_nothing_asks_for_is_refused():
+    row = toolace_row("Let me look.")
+    row["conversations"] += [{"from": "assistant", "value": "[f(a=1)]"}, {"from": "user", "value": "More."},
+                             {"from": "system", "value": "Be brief."}, {"from": "assistant", "value": "[f(a=2)]"},
+                             {"from": "tool", "value": "ok"}, {"from": "assistant", "value": "[f(a=3)]"}]  # fmt: skip
+    items = list(toolace.read_row(row, "x"))
+    found = [item.reason if isinstance(item, RowError) else item.kind for item in items]
+    assert found == ["no_call", "no_prompt", "no_prompt", "call"]
+
+
 # xLAM
 
 

@@ -36,6 +36,7 @@ ROLES = {
 _DATE_LINE = re.compile(
     r"[^\n]*\b(?:today(?:'s)?|current (?:date|time)|the time is|date is)\b[^\n]*\d[^\n]*", re.IGNORECASE
 )
+_LABEL_ONLY = ("empty_reply", "no_prompt", "no_user_message")
 _HAN = re.compile("[\u3400-\u9fff]")
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
 
@@ -103,7 +104,7 @@ def examples(
                     raise RowError("after_unreadable_turn")
             except RowError as error:
                 # A turn that is refused for its label alone still belongs into the history.
-                broken = broken or turn.error is not None or error.reason not in ("empty_reply", "no_user_message")
+                broken = broken or turn.error is not None or error.reason not in _LABEL_ONLY
                 if asked:
                     yield error.at(turn=number, excerpt=turn.raw or turn.text)
             else:
@@ -139,6 +140,8 @@ def _example(
     said = [message["content"] for message in messages if message["role"] == "user"]
     if not any(text.strip() for text in said):
         raise RowError("no_user_message")
+    if previous not in ("user", "tool"):
+        raise RowError("no_prompt")
     if not turn.calls and not turn.text.strip():
         raise RowError("empty_reply")
     return Example(

@@ -25,6 +25,7 @@ REASONS = {
     "lone_surrogate": "a text holds half a surrogate pair, which has no UTF-8 form",
     "nested_too_deeply": "brackets are nested too deeply",
     "no_answer": "the dialogue has no assistant turn",
+    "no_prompt": "the turn follows neither a user's nor a tool's turn",
     "no_tools": "the row offers no tool",
     "no_user_message": "no user message comes before the assistant's turn",
     "non_finite_number": "a number is not finite, or too large",
