@@ -70,17 +70,22 @@ def _stub_model_registry():
 
 
 def entries(category):
-    """The prompts of a category with their answers: `entry` as a model sees it, `functions` as the checker does."""
+    """The prompts of a category with their answers: `entry` as a model sees it, `functions` as the checker does.
+
+    The checker of multi-turn entries asks for no functions, so they have none.
+    """
     utils = module("utils")
     shown = utils.load_dataset_entry(category, include_prereq=False)
-    plain = utils.load_dataset_entry(category, include_prereq=False, include_language_specific_hint=False)
-    if "relevance" in category:
-        answers = [None] * len(shown)
-    else:
+    functions = [None] * len(shown)
+    if "multi_turn" not in category:
+        plain = utils.load_dataset_entry(category, include_prereq=False, include_language_specific_hint=False)
+        functions = [entry["function"] for entry in plain]
+    answers = [None] * len(shown)
+    if "relevance" not in category:
         answers = [answer["ground_truth"] for answer in utils.load_ground_truth_entry(category)]
     return [
-        {"entry": entry, "functions": other["function"], "answer": answer}
-        for entry, other, answer in zip(shown, plain, answers, strict=True)
+        {"entry": entry, "functions": typed, "answer": answer}
+        for entry, typed, answer in zip(shown, functions, answers, strict=True)
     ]
 
 
