@@ -3,7 +3,8 @@
 Time. Contestants take turns within each repetition, in an order that changes from one repetition to the next, so that
 a drifting clock or a busy neighbour meets them all. On a GPU a repetition is one pair of CUDA events; a short spin
 before the first event lets the host run ahead, so that launch overhead shorter than the spin is not timed. On a CPU it
-is `time.perf_counter`. Reported are the median and the 20th and 80th percentile.
+is `time.perf_counter`, and beside it the processor time of the process over all its threads, which other work on the
+machine does not lengthen much. Reported are the median and the 20th and 80th percentile.
 
 Memory. On a GPU the peak of the caching allocator above what was allocated before the call. On a CPU the kernel's
 high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs) above the resident set before the
@@ -49,6 +50,7 @@ class Times(NamedTuple):
     p20: float
     p80: float
     repetitions: int
+    cpu_ms: float | None = None  # median processor time of this process, all threads; on a CPU only
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def interleaved(
     """
     clock = _cuda_ms if device.type == "cuda" else _cpu_ms
     results: dict[str, Times | str] = {}
-    samples: dict[str, list[float]] = {}
+    samples: dict[str, list[tuple[float, float | None]]] = {}
     for name, call in calls.items():
         try:
             _warm_up(call, device)
@@ -92,19 +94,21 @@ def interleaved(
         turn = i % max(1, len(names))
         for name in names[turn:] + names[:turn]:
             try:
-                samples[name].append(clock(calls[name], i) / calls[name].count)
+                samples[name].append(clock(calls[name], i))
             except Exception as error:
                 results[name] = one_line(error)
                 del samples[name]
     for name, values in samples.items():
-        results[name] = _summary(values)
+        results[name] = _summary(values, calls[name].count)
     return results
 
 
-def _summary(values: list[float]) -> Times:
-    data = torch.tensor(values, dtype=torch.float64)
-    low, high = (data.quantile(q).item() for q in (0.2, 0.8))
-    return Times(statistics.median(values), low, high, len(values))
+def _summary(values: list[tuple[float, float | None]], count: int) -> Times:
+    wall = torch.tensor([value for value, _ in values], dtype=torch.float64) / count
+    low, high = (wall.quantile(q).item() for q in (0.2, 0.8))
+    cpu = [value / count for _, value in values if value is not None]
+    median = statistics.median(wall.tolist())
+    return Times(median, low, high, len(values), statistics.median(cpu) if cpu else None)
 
 
 def _warm_up(call: Call, device: torch.device) -> None:
@@ -116,7 +120,7 @@ def _warm_up(call: Call, device: torch.device) -> None:
             return
 
 
-def _cuda_ms(call: Call, i: int) -> float:
+def _cuda_ms(call: Call, i: int) -> tuple[float, None]:
     state = call.prepare(i)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(SPIN_CYCLES)
@@ -125,16 +129,16 @@ def _cuda_ms(call: Call, i: int) -> float:
     stop.record()
     stop.synchronize()
     del result
-    return start.elapsed_time(stop)
+    return start.elapsed_time(stop), None
 
 
-def _cpu_ms(call: Call, i: int) -> float:
+def _cpu_ms(call: Call, i: int) -> tuple[float, float]:
     state = call.prepare(i)
-    begin = time.perf_counter()
+    cpu, begin = time.process_time(), time.perf_counter()
     result = call.run(state)
-    milliseconds = 1e3 * (time.perf_counter() - begin)
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
     del result
-    return milliseconds
+    return 1e3 * wall, 1e3 * cpu
 
 
 def synchronize(device: torch.device) -> None:

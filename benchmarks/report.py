@@ -56,6 +56,7 @@ TIME_COLUMNS = (
     Column("ms", "ms", milliseconds),
     Column("p20", "p20", milliseconds),
     Column("p80", "p80", milliseconds),
+    Column("cpu_ms", "CPU ms", milliseconds),
 )
 
 
@@ -63,7 +64,7 @@ def timed(times: Times | str) -> Row:
     """A row's time fields, or its error."""
     if isinstance(times, str):
         return {"error": times}
-    return {"ms": times.ms, "p20": times.p20, "p80": times.p80, "repetitions": times.repetitions}
+    return {key: value for key, value in times._asdict().items() if value is not None}
 
 
 def device_name(device: torch.device) -> str:

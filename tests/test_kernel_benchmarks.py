@@ -248,6 +248,18 @@ def test_time_is_of_the_call_alone_and_per_contained_call():
     times = measure.interleaved(calls, CPU, 3)
     assert 20 <= times["slow"].ms < 65  # 70 with the preparation
     assert 5 <= times["four"].ms < 19
+    assert times["slow"].cpu_ms < 5  # asleep
+
+
+def test_processor_time_is_that_of_the_work():
+    import time
+
+    def work(_):
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+
+    assert 50 <= measure.interleaved({"work": measure.Call(work)}, CPU, 3)["work"].cpu_ms < 60
 
 
 def test_a_contest_ends_at_its_bound_but_not_before_three_repetitions():
