@@ -126,12 +126,15 @@ def linear_backward(
                 dz.masked_fill_(rows.dead[r, None], 0)
             if need_hidden:
                 part = matmul(dz, weight[c])
-                dx[r] = part if c.start == 0 else part.add_(dx[r])
+                if c.start == 0:
+                    dx[r] = part
+                else:
+                    dx[r].add_(part)
             if need_weight:
                 part = matmul(dz.t(), x[r])
                 w_sum = part if w_sum is None else w_sum.add_(part)
             if need_bias:
-                dbias[c] += dz.sum(0)
+                dbias[c].add_(dz.sum(0))
         if dw is not None:
             dw[c] = w_sum
     if need_hidden:
