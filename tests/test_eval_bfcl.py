@@ -289,6 +289,12 @@ def test_a_wrong_folder_is_one_line_with_the_command(tmp_path, folder, words):
     assert "pip download --no-deps bfcl-eval==" in str(caught.value)
 
 
+def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
+    monkeypatch.setattr(bfcl.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="bfcl-eval is not installed; run: pip download --no-deps"):
+        Bfcl()
+
+
 def test_an_unknown_category_names_the_known_ones():
     with pytest.raises(UserError, match="unknown category 'simpel'; choose from single_turn, "):
         Bfcl(STAND_INS / "bfcl", ["simpel"])

@@ -218,7 +218,6 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, capsys, monkeypatch):
         ("--benchmark acebench --acebench nowhere --policy oracle", ("holds no data_all", "chenchen0103/ACEBench")),
         ("--benchmark apibank --apibank nowhere --policy oracle", ("holds no lv1-lv2-samples", "DAMO-ConvAI")),
         ("--benchmark bfcl --bfcl nowhere --policy oracle", ("no such folder", "pip download")),
-        ("--benchmark bfcl --policy oracle", ("not installed", "pip download")),
         ("--benchmark world --policy engine", ("--checkpoint: is missing",)),
         ("--benchmark world --policy engine --checkpoint nowhere", ("no such folder",)),
         ("--benchmark world --policy endpoint --endpoint http://x", ("--endpoint-model: is missing",)),
