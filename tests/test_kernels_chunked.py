@@ -244,6 +244,28 @@ def test_under_autocast_and_checkpoint():
             assert torch.equal(a, w)
 
 
+def test_a_compiled_function_is_split_around_it_and_a_compiled_loss_serves():
+    torch._dynamo.reset()
+    (hidden, weight, _), target, upstream = problem()
+    loss_fn = linear_loss(upstream)
+
+    def outer(x, w, loss_fn):
+        return chunked_policy_step(x * 2, w, target, BOUNDS, loss_fn, chunk_tokens=9).loss * 3
+
+    compiled_loss = torch.compile(loss_fn, backend="aot_eager", dynamic=True)
+    wanted = chunked_policy_step(hidden * 2, weight, target, BOUNDS, loss_fn, chunk_tokens=9).loss * 3
+    wanted = torch.autograd.grad(wanted, (hidden, weight))
+    for loss in (
+        torch.compile(outer, backend="aot_eager")(hidden, weight, loss_fn),
+        outer(hidden, weight, compiled_loss),
+    ):
+        for a, w in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+            assert torch.equal(a, w)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(outer, backend="aot_eager", fullgraph=True)(hidden, weight, loss_fn)
+
+
 def test_a_loss_without_gradient_and_an_empty_batch():
     (hidden, weight, _), target, _ = problem()
     step = chunked_policy_step(

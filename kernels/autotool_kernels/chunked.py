@@ -5,8 +5,8 @@ gradients by what the loss asks for, and dropped. Recomputing them, as `linear_l
 8 N V H; keeping all of them costs the memory of N x V. Chunks hold whole sequences, because losses such as the
 entropy terms of `policy_loss` need the mean over a response.
 
-The function reads `cu_seqlens` on the host and calls Python per chunk: it runs eagerly, outside CUDA graphs and
-torch.compile; `loss_fn` may itself be compiled.
+The function reads `cu_seqlens` on the host and calls Python per chunk, so it runs eagerly: a function compiled
+around it is split in two there (an error under fullgraph=True), and `loss_fn` may itself be compiled.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .dispatch import implementation
 from .reference import Head, compute_dtype, store_row_bytes
 from .results import ChunkedStep
 
-# Stored logits of one chunk when `chunk_tokens` is not given. A smaller chunk is no faster on a CPU, a larger one
-# leaves the caches anyway; on a GPU a chunk has to outweigh one read and write of the float32 sum of dW.
+# Stored logits of one chunk when `chunk_tokens` is not given: on a CPU several hundred rows, which is where larger
+# products stop being faster; on a GPU enough that a read and a write of the float32 sum of dW do not count.
 CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 2 << 30}
 
 
@@ -74,6 +74,18 @@ def chunked_policy_step(
     chunks and rounded once. Under no_grad, or if nothing requires a gradient, only the statistics are computed.
     Other arguments and errors as in `linear_logp_entropy`.
     """
+    # Traced, the loop over chunks and tiles would be unrolled into one graph per shape of the batch.
+    step = torch.compiler.disable(_step) if torch.compiler.is_compiling() else _step
+    return step(
+        hidden, weight, target, cu_seqlens, loss_fn, bias, temperature, logit_scale, softcap, ignore_index,
+        chunk_tokens, backend,
+    )  # fmt: skip
+
+
+def _step(
+    hidden, weight, target, cu_seqlens, loss_fn, bias, temperature, logit_scale, softcap, ignore_index,
+    chunk_tokens, backend,
+) -> ChunkedStep:  # fmt: skip
     check_linear(hidden, weight, target, bias)
     scale, row_temperature = scaling(temperature, hidden)
     head = Head(bias, scale, row_temperature, logit_scale, check_head(logit_scale, softcap), ignore_index)

@@ -20,11 +20,11 @@ def project(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     return _times_transposed(x.to(dtype), w.to(dtype))
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, k] (float32, float64) @ b [k, m] in the dtype of a; on a GPU a is rounded to a low-precision b."""
-    if b.is_cuda and b.dtype != a.dtype:
-        return torch.mm(a.to(b.dtype), b, out_dtype=a.dtype)
-    return _times_transposed(a, b.to(a.dtype).t())
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a [n, k] @ b [k, m] in `dtype`; a has that dtype, or on a GPU the low precision of b."""
+    if b.is_cuda and b.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return _times_transposed(a, b.to(dtype).t())
 
 
 def _times_transposed(x: Tensor, w: Tensor) -> Tensor:

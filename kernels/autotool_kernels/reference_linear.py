@@ -124,17 +124,19 @@ def linear_backward(
                 dz.mul_(slope)
             if rows.dead is not None and r.start < stored:
                 dz.masked_fill_(rows.dead[r, None], 0)
+            if need_bias:
+                dbias[c].add_(dz.sum(0))
+            if dz.is_cuda:
+                dz = dz.to(x.dtype)  # once for both products
             if need_hidden:
-                part = matmul(dz, weight[c])
+                part = matmul(dz, weight[c], dtype)
                 if c.start == 0:
                     dx[r] = part
                 else:
                     dx[r].add_(part)
             if need_weight:
-                part = matmul(dz.t(), x[r])
+                part = matmul(dz.t(), x[r], dtype)
                 w_sum = part if w_sum is None else w_sum.add_(part)
-            if need_bias:
-                dbias[c].add_(dz.sum(0))
         if dw is not None:
             dw[c] = w_sum
     if need_hidden:

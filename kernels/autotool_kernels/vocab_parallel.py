@@ -2,7 +2,8 @@
 
 Each rank computes the statistics of its own rows of the weight, one all-gather of four numbers per token joins them,
 in the order of the ranks, so that every rank holds the same bits. The backward needs no exchange but one sum of dX.
-All ranks must call in step with the same hidden, target and options. Runs eagerly.
+All ranks must call in step with the same hidden, target and options. Runs eagerly: a function compiled around it
+is split in two there.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def vocab_parallel_linear_logp_entropy(
     scale, row_temperature = scaling(temperature, hidden)
     options = (scale, logit_scale, check_head(logit_scale, softcap), -100, backend)
     store_bytes = check_store(store_bytes) if torch.is_grad_enabled() else 0
+    run = torch.compiler.disable(_VocabParallel.apply) if torch.compiler.is_compiling() else _VocabParallel.apply
     return LogpEntropy(
-        *_VocabParallel.apply(
+        *run(
             hidden, weight_shard, bias, target, row_temperature, vocab_start, ignore_index, store_bytes, options, group
         )
     )
