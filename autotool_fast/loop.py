@@ -77,6 +77,9 @@ class Context:
 class Optimizers:
     """One or several torch optimizers over disjoint parameters, stepped together.
 
+    Parameters in low precision are updated through float32 copies, which also sum their gradients over micro-batches:
+    a relative change below 2^-9 would be lost in bfloat16, and updates are smaller.
+
     Args:
         model: its parameters are split by shape.
         lr: peak learning rate.
@@ -86,7 +89,8 @@ class Optimizers:
     """
 
     def __init__(self, model: PreTrainedModel, *, lr: float, weight_decay: float, matrix: str = "adamw") -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._copies: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []  # (parameter, its float32 copy)
+        named = [(name, self._float32(p)) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
         if matrix == "adamw":
             matrices = []
@@ -100,6 +104,21 @@ class Optimizers:
         if matrices:
             muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             self.members.append(muon)
+
+    def _float32(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        """What the optimizer holds for a parameter: itself, or a float32 copy that takes over its gradients."""
+        if parameter.dtype in (torch.float32, torch.float64):
+            return parameter
+        copy = torch.nn.Parameter(parameter.detach().float())
+
+        def take(parameter: torch.nn.Parameter) -> None:
+            gradient = parameter.grad.float()
+            copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
+            parameter.grad = None
+
+        parameter.register_post_accumulate_grad_hook(take)
+        self._copies.append((parameter, copy))
+        return copy
 
     def step(self, max_norm: float, scale: float = 1.0, *, measured: Iterable[float] = ()) -> tuple[float, bool]:
         """Clip, step at `scale` times the peak rate, clear. Returns the gradient norm and whether all was finite.
@@ -115,6 +134,10 @@ class Optimizers:
                     group["lr"] = self.lr * scale
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if finite:
+            with torch.no_grad():
+                for parameter, copy in self._copies:
+                    parameter.copy_(copy)
         return norm, finite
 
     def pack(self) -> tuple[dict[str, torch.Tensor], list[Any]]:
@@ -124,12 +147,16 @@ class Optimizers:
             more, state = checkpoint.pack_optimizer(optimizer, f"optimizer{i}")
             tensors |= more
             rest.append(state)
+        tensors |= {f"float32/{i}": copy.detach() for i, (_, copy) in enumerate(self._copies)}
         return tensors, rest
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], rest: Sequence[Any]) -> None:
         """Restore what `pack` took."""
         for i, optimizer in enumerate(self.members):
             checkpoint.unpack_optimizer(optimizer, tensors, rest[i], f"optimizer{i}")
+        with torch.no_grad():
+            for i, (_, copy) in enumerate(self._copies):
+                copy.copy_(tensors[f"float32/{i}"])
 
 
 def trapezoid(step: int, steps: int, warmup: int, decay: float = 0.3, floor: float = 0.02) -> float:

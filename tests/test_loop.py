@@ -293,3 +293,53 @@ def test_the_rate_rises_linearly_stays_and_falls_linearly_to_its_floor():
     assert rates[85] == pytest.approx(0.5)
     assert trapezoid(100, 100, 9) == pytest.approx(0.02)
     assert all(0 < trapezoid(step, 3, 5) <= 1 for step in range(3))  # more warm-up than steps
+
+
+def bfloat16_pair(matrix: str = "adamw") -> tuple[Qwen3ForCausalLM, Qwen3ForCausalLM, Optimizers, Optimizers]:
+    """The same numbers in bfloat16 and in float32, each with optimizers whose steps are too small for bfloat16."""
+    low = tiny_model().to(torch.bfloat16)
+    full = tiny_model().float()
+    full.load_state_dict({name: value.float() for name, value in low.state_dict().items()})
+    return low, full, *(Optimizers(m, lr=1e-4, weight_decay=0.0, matrix=matrix) for m in (low, full))
+
+
+def give_gradients(low, full, seed: int) -> None:
+    """The same bfloat16-exact gradients to both, through a real backward, in two micro-batches."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        for p, q in zip(low.parameters(), full.parameters(), strict=True):
+            slope = (1 + torch.randn(p.shape, generator=generator) / 4).to(torch.bfloat16)
+            (p * slope).sum().backward()
+            (q * slope.float()).sum().backward()
+
+
+@pytest.mark.parametrize("matrix", ["adamw", "muon"])
+def test_updates_too_small_for_bfloat16_add_up(matrix):
+    low, full, low_optimizers, full_optimizers = bfloat16_pair(matrix)
+    start = weights(low)
+    for step in range(40):
+        give_gradients(low, full, step)
+        norms = [o.step(1.0)[0] for o in (low_optimizers, full_optimizers)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        assert all(p.grad is None for p in low.parameters())
+    for (name, p), q in zip(low.named_parameters(), full.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16
+        # The float32 copy follows the float32 model; the parameter is that, rounded.
+        assert (p.float() - q).abs().max() <= 2.0**-8 * q.abs().max() + 1e-6, name
+    assert not torch.equal(low.model.norm.weight, start["model.norm.weight"])  # ones: one step is below their spacing
+
+
+def test_the_float32_copies_survive_a_checkpoint():
+    low, full, optimizers, _ = bfloat16_pair()
+    again, _, restored, _ = bfloat16_pair()
+    for step in range(3):
+        give_gradients(low, full, step)
+        optimizers.step(1.0)
+    tensors, rest = optimizers.pack()
+    again.load_state_dict(low.state_dict())
+    restored.unpack({name: t.clone() for name, t in tensors.items()}, rest)
+    for step in range(3, 43):
+        for model, o in ((low, optimizers), (again, restored)):
+            give_gradients(model, full, step)
+            o.step(1.0)
+    assert same(weights(low), weights(again))
