@@ -102,12 +102,12 @@ __device__ inline double warp_sum(double x) {
 // NaN counts as the largest, as it does in the PyTorch backend.
 __device__ inline double larger(double a, double b) { return b > a || b != b ? b : a; }
 
-// Adds kValues values (of value kMax it takes the largest) over a block in a fixed order and writes them.
+// Adds kValues values (of value kMax it takes the largest) over a block in a fixed order and writes them. A barrier must
+// lie between two calls.
 template <int kValues, int kMax>
 __device__ void block_sums(double (&values)[kValues], double* out) {
   auto* const parts = reinterpret_cast<double(*)[kValues]>(shared_memory());  // [kPolicyWarps]
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  __syncthreads();  // an earlier call has been read
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
     double x = values[v];

@@ -1,6 +1,7 @@
 // csrc/device.cuh on a CPU: the threads of a block, cluster or cooperative grid are fibers that take turns in a random
-// order, so that a missing barrier shows as a wrong number. Bulk copies arrive late; shared memory starts as NaN; a
-// group in which nobody can go on is reported. Not covered: the memory model, PTX, and speed.
+// order, so that a missing barrier shows as a wrong number. The first block starts late and first threads dawdle; bulk
+// copies arrive at once or late; shared memory starts as NaN; a group in which nobody can go on is reported. Not
+// covered: the memory model, PTX, and speed.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -53,6 +54,8 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;
+  int delay = 0;  // rounds until it starts
+  bool started = false;
 };
 
 struct Thread {
@@ -82,7 +85,7 @@ struct Group {
   ucontext_t scheduler;
   Thread* self = nullptr;
   int64_t progress = 0;
-  std::mt19937 random{1};
+  std::mt19937 random;
   std::function<void()> kernel;
 };
 
@@ -127,7 +130,17 @@ T shuffle(T value, int source) {
   return value;
 }
 
+// After a barrier of the group, the first thread of a block may find that the others are far ahead.
+inline void wait_for_group() {
+  wait(group->barrier, static_cast<int>(group->threads.size()));
+  if (self().index.x != 0 || group->random() % 4 != 0) return;
+  for (int i = 0; i < 40; ++i, ++group->progress) yield();
+}
+
 inline void start_thread() {
+  Block& block = *self().block;
+  if (!block.started) std::memset(block.shared, 0xff, group->shared_bytes);
+  block.started = true;
   group->kernel();
   self().done = true;
   ++group->progress;
@@ -157,10 +170,13 @@ inline void run_group(Group& g) {
       Thread& t = g.threads[i];
       if (t.done) continue;
       alive = true;
+      if (t.block->delay > 0) continue;
       g.self = &t;
       swapcontext(&g.scheduler, &t.context);
       if (failure != nullptr) break;
     }
+    for (Block& block : g.blocks)
+      if (block.delay > 0) --block.delay, ++g.progress;
     for (size_t i = 0; i < g.copies.size();) {
       Copy& copy = g.copies[i];
       ++g.progress;
@@ -183,6 +199,7 @@ inline void launch(int64_t blocks, int threads, size_t shared, int together, con
   failure = blocks % together == 0 ? nullptr : "the grid is no multiple of the cluster";
   for (int64_t first = 0; first < blocks && failure == nullptr; first += together) {
     Group g;
+    g.random.seed(static_cast<unsigned>(first + 1));
     g.grid.x = static_cast<unsigned>(blocks);
     g.threads_per_block = threads;
     g.shared_bytes = shared;
@@ -193,7 +210,7 @@ inline void launch(int64_t blocks, int threads, size_t shared, int together, con
       b.rank = rank;
       b.warps.resize(threads / 32);
       b.shared = static_cast<unsigned char*>(std::aligned_alloc(128, (shared + 127) / 128 * 128));
-      std::memset(b.shared, 0xff, shared);
+      b.delay = together > 1 && rank == 0 ? static_cast<int>(g.random() % 160) : 0;
       for (int i = 0; i < threads; ++i) {
         Thread& t = g.threads.emplace_back();
         t.block = &b;
@@ -247,9 +264,7 @@ inline void store_16(void* p, uint4 x) { *static_cast<uint4*>(aligned(p)) = x; }
 
 inline int cluster_rank() { return emulator::self().block->rank; }
 inline int cluster_blocks() { return static_cast<int>(emulator::group->blocks.size()); }
-inline void cluster_sync() {
-  emulator::wait(emulator::group->barrier, static_cast<int>(emulator::group->threads.size()));
-}
+inline void cluster_sync() { emulator::wait_for_group(); }
 inline void grid_sync() { cluster_sync(); }
 
 template <typename T>
@@ -264,8 +279,10 @@ struct Arrival {
   void init() { state = 0; }
   void load(void* to, const void* from, uint32_t bytes) {
     if (bytes % 16 != 0) emulator::fail("a bulk copy is not a multiple of 16 bytes");
-    emulator::group->copies.push_back(
-        {aligned(to), aligned(from), bytes, &state, static_cast<int>(emulator::group->random() % 4)});
+    const int delay = static_cast<int>(emulator::group->random() % 4);
+    if (delay > 0) return emulator::group->copies.push_back({aligned(to), aligned(from), bytes, &state, delay});
+    std::memcpy(aligned(to), aligned(from), bytes);
+    ++state;
   }
   void wait(uint32_t parity) {
     while (state % 2 == parity) emulator::yield();
