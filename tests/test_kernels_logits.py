@@ -154,6 +154,85 @@ def test_logits_are_not_written_to():
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
+def test_temperature_does_not_amplify_an_offset(backend):
+    """x - m is exact; scaling first would round at the size of the logits, 1e-3 here."""
+    if backend == "torch":
+        pytest.skip("divides first")
+    logits, target, upstream = problem(3, 500)
+    logits = (logits * 64).round() / 64
+    actual = run(logits + 1e4, target, upstream, temperature=0.7, backend=backend)
+    assert_close(actual, expected(logits, target, upstream, temperature=0.7))
+
+
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
+def test_the_lowest_float_masks_like_minus_infinity(backend):
+    logits, target, upstream = problem(3, 700)
+    lowest = torch.finfo(torch.float32).min
+    for value in (lowest, float("-inf")):
+        masked = logits.clone()
+        masked[:, 50:] = value
+        actual = run(masked, target % 50, upstream, backend=backend)
+        wanted = expected(logits[:, :50], target % 50, upstream)
+        assert_close((*actual[:2], actual[2][:, :50]), wanted)
+        assert actual[2][:, 50:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
+def test_a_nan_logit_is_not_hidden(backend):
+    logits, target, _ = problem(3, 300)
+    logits[1, 77] = float("nan")
+    out = logits_logp_entropy(logits, target, backend=backend)
+    for column in out:
+        assert column.isnan().tolist() == [False, True, False]
+
+
+triton_logits = pytest.importorskip("autotool_kernels.triton_logits")
+SPLIT = triton_logits.SPLIT
+
+
+def test_rows_over_split_boundaries():
+    """Labels at both sides of a boundary; a split of -inf alone; a last split of one column."""
+    logits, target, upstream = problem(4, 2 * SPLIT + 1)
+    target[:] = torch.tensor([SPLIT - 1, SPLIT, 2 * SPLIT, 0])
+    logits[3, SPLIT : 2 * SPLIT] = float("-inf")
+    logits[2, : 2 * SPLIT] -= 300  # the last column alone has the mass
+    leaf = logits.double().masked_fill(logits == float("-inf"), -1e6)
+    wanted = expected(leaf, target, upstream, temperature=0.8)
+    # 2^-24 relative of terms up to 300 / 0.8.
+    assert_close(run(logits, target, upstream, temperature=0.8, backend="triton"), wanted, 3e-5)
+
+
+def test_triton_rows_do_not_depend_on_the_batch():
+    logits, target, upstream = problem(5, SPLIT + 40)
+    whole = run(logits, target, upstream, backend="triton")
+    again = run(logits, target, upstream, backend="triton")
+    order = torch.tensor([3, 0, 4], device=DEVICE)
+    some = run(logits[order], target[order], [u[order] for u in upstream], backend="triton")
+    for a, b, c in zip(whole, again, some, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[order], c)
+
+
+def test_triton_backward_writes_into_any_rows():
+    """In place and into rows of another stride: the same bits, zeros in dead rows, nothing beside the rows."""
+    logits, target, (g, h) = problem(4, 300)
+    logits[1] = float("nan")
+    target[1] = -100
+    g[2] = h[2] = 0.0
+    rest = (target, triton_logits.logits_forward(logits, target, 1.0, None, -100), 1.0, None, -100)
+    new = triton_logits.logits_backward(g, h, logits, *rest)
+    wide = torch.full((4, 320), 7.0, device=DEVICE)
+    inplace = logits.clone()
+    for out in (wide[:, 8:308], inplace, logits.t().contiguous().t()):
+        source = inplace if out is inplace else logits
+        assert triton_logits.logits_backward(g, h, source, *rest, out=out) is out
+        assert torch.equal(out, new)
+    assert new[1:3].count_nonzero() == 0
+    assert (wide[:, :8] == 7).all()
+    assert (wide[:, 308:] == 7).all()
+
+
 def test_bad_shapes_are_refused():
     with pytest.raises(ValueError, match="logits must have at least one column"):
         logits_logp_entropy(torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64))

@@ -6,7 +6,9 @@ import kernels_oracle as oracle
 import pytest
 import torch
 from autotool_kernels import policy_loss
-from kernels_oracle import BACKENDS, DEVICE, QUIET
+from kernels_oracle import DEVICE, QUIET
+from kernels_oracle import LOGITS_BACKENDS as BACKENDS  # the CUDA C++ extension has this op too
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 # float32 ratios and weights; sums in float64. A few roundings of values of order 1.
@@ -190,6 +192,114 @@ def test_metrics(backend):
         assert out.metrics[name].ndim == 0
     assert bonus > 0
     assert not any(m.requires_grad for m in (out.sequence_entropy, *out.metrics.values()))
+
+
+def random_batch(lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    total, n = int(cu_seqlens[-1]), len(lengths)
+    logp, entropy = -torch.rand(total, generator=g), torch.rand(total, generator=g) * 0.4
+    tensors = (
+        logp, logp + torch.randn(total, generator=g) * 0.3, entropy, torch.randn(n, generator=g), cu_seqlens,
+        torch.rand(total, generator=g) > 0.2, torch.randint(-1, 2, (n,), generator=g),
+    )  # fmt: skip
+    return [t.to(DEVICE) for t in tensors]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1] * 600,  # more sequences than a block has tokens
+        [2600],  # one sequence over many blocks
+        [511, 1, 512, 0, 0, 513, 1023],  # bounds beside those of blocks
+        [0, 0, 3, 0],  # nothing at both ends
+    ],
+    ids=["ones", "long", "bounds", "empty"],
+)
+def test_any_number_and_length_of_sequences(backend, lengths):
+    args = random_batch(lengths)
+    out, grads = run(args, backend=backend, **OPTIONS)
+    (loss, means), wanted = expected(args, **OPTIONS)
+    assert abs(out.loss.item() - loss.item()) <= TOLERANCE
+    assert (out.sequence_entropy - means).abs().max() <= TOLERANCE
+    for a, w in zip(grads, wanted, strict=True):
+        assert (a - w).abs().max() <= TOLERANCE
+    again, repeated = run(args, backend=backend, **OPTIONS)
+    assert torch.equal(out.loss, again.loss)
+    assert torch.equal(out.sequence_entropy, again.sequence_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(grads, repeated, strict=True))
+    assert all(torch.equal(out.metrics[name], again.metrics[name]) for name in out.metrics)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_entropy_stays_in_its_sequence(backend):
+    args = random_batch([4, 5, 6])
+    args[5][:] = True
+    args[2][6] = float("nan")
+    out, _ = run(args, backend=backend, **OPTIONS)
+    assert out.sequence_entropy.isnan().tolist() == [False, True, False]
+
+
+triton_policy = pytest.importorskip("autotool_kernels.triton_policy")
+
+
+def test_triton_blocks_change_only_rounding(monkeypatch):
+    args = random_batch([40, 0, 1, 1, 1, 200, 7])
+    first, gradients = run(args, backend="triton", **OPTIONS)
+    monkeypatch.setattr(triton_policy, "BLOCK", 64)
+    monkeypatch.setattr(triton_policy, "BLOCK_B", 2)
+    second, others = run(args, backend="triton", **OPTIONS)
+    # Sums in float64: another order shows only where it moves the one rounding to float32.
+    pairs = zip(
+        (first.loss, first.sequence_entropy, *gradients), (second.loss, second.sequence_entropy, *others), strict=True
+    )
+    for a, b in pairs:
+        assert (a - b).abs().max() <= 2.0**-23 * a.abs().max()
+
+
+def test_triton_gives_zeros_to_tokens_of_no_sequence():
+    """Only a CPU can refuse such bounds through the public function."""
+    args = random_batch([9])
+    args[4] = torch.tensor([2, 6], device=DEVICE)
+    args[5][:] = True
+    parts = triton_policy.policy_forward(*args, [9.0, 9.0, 1.0, 1.0], None, 0.2, 0.2, 0, 1.0)
+    args[5][:2] = args[5][6:] = False
+    args[4] = torch.tensor([0, 9], device=DEVICE)
+    wanted = triton_policy.policy_forward(*args, [9.0, 9.0, 1.0, 1.0], None, 0.2, 0.2, 0, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(parts, wanted, strict=True))
+
+
+class Operations(TorchDispatchMode):
+    """Names of the torch operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gate", [None, torch.tensor([0.1, 0.2, 0.0, 0.01])])
+def test_triton_launches_twice_and_torch_only_allocates(monkeypatch, gate):
+    launched = []
+
+    def recorder(name):
+        class Kernel:
+            def __getitem__(self, grid):
+                return lambda *args, **options: launched.append(name)
+
+        return Kernel()
+
+    for name in ("_pieces", "_gradients"):
+        monkeypatch.setattr(triton_policy, name, recorder(name))
+    args = random_batch([3, 4])
+    with Operations() as operations:
+        triton_policy.policy_forward(*args, [0.1, 0.2, 0.0, 0.01], gate, 0.2, 0.2, 0, 1.0)
+    assert launched == ["_pieces", "_gradients"]
+    assert set(operations.names) <= {"empty", "empty_like"}
 
 
 def test_only_logp_and_entropy_get_gradients():

@@ -140,6 +140,89 @@ def test_low_precision_logits_and_no_gradient():
     assert torch.equal(out.token, sample_logp_entropy(logits.bfloat16().float(), seed=seed, offset=offset).token)
 
 
+triton_sample = pytest.importorskip("autotool_kernels.triton_sample")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+
+@triton.jit
+def _words(seed, offset, out, BLOCK: tl.constexpr):
+    k0, k1 = triton_sample.low_high(tl.load(seed + tl.arange(0, 1)))
+    c2, c3 = triton_sample.low_high(tl.load(offset + tl.arange(0, 1)))
+    block, zero = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.uint32)
+    words = triton_sample.philox(block.to(tl.uint32), zero, c2 + zero, c3 + zero, k0, k1)
+    for w in tl.static_range(4):
+        tl.store(out + block * 4 + w, words[w].to(tl.int64))
+
+
+def test_triton_draws_the_same_bits():
+    for seed, offset in ((0, 0), (-7, 5), (2**40 + 3, 2**33 + 1), (2**63 - 1, -1)):
+        s, o = torch.tensor([seed]), torch.tensor([offset])
+        out = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+        _words[(1,)](s.to(DEVICE), o.to(DEVICE), out, BLOCK=16)
+        u = ((out.cpu() & philox.MASK).float() + 0.5) * 2.0**-32
+        assert torch.equal(u.clamp(max=philox.LARGEST_U), philox.uniforms(s, o, 64)[0])
+
+
+@triton.jit
+def _noise(u, out, BLOCK: tl.constexpr, FAST: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, triton_sample.gumbel(tl.load(u + i), FAST))
+
+
+def test_triton_gumbel_noise_keeps_the_digits_of_small_uniforms():
+    """Small u decide the race: relative error of E = -log(1 - u), checked through g = -log E."""
+
+    u = torch.cat((torch.logspace(-9.9, -0.001, 62), torch.tensor([2.0**-33, philox.LARGEST_U]))).to(DEVICE)
+    out = torch.empty(64, device=DEVICE)
+    _noise[(1,)](u, out, BLOCK=64, FAST=DEVICE == "cuda")
+    wanted = -(-(-u.double()).log1p()).log()
+    # float32 results of up to 23, and 2^-25 of 1 - u where E >= 0.13; the fast logarithm is good to 2^-22 of 33.
+    assert (out - wanted).abs().max() <= (8e-6 if DEVICE == "cuda" else 2.5e-6)
+
+
+def test_splits_of_a_row_change_no_token(monkeypatch):
+    logits, seed, offset = rows(5, 900)
+    logits[1, 300:] = float("-inf")  # whole splits without a candidate
+    temperature = torch.tensor([1.0, 2.0, 0.0, 0.3, 1.0], device=DEVICE)
+    logits[2, 255] = logits[2, 256] = 50.0  # greedy, equal at both sides of a split
+    arguments = {"temperature": temperature, "seed": seed, "offset": offset}
+    wanted = sample_logp_entropy(logits, **arguments, backend="torch")
+    assert wanted.token[2] == 255
+    for split in (4096, 256):
+        monkeypatch.setattr(triton_sample, "SPLIT", split)
+        out = sample_logp_entropy(logits, **arguments, backend="triton")
+        assert torch.equal(out.token, wanted.token)
+        for a, w in zip(out[1:], wanted[1:], strict=True):
+            assert (a - w).abs().max() <= 3e-6
+        alone = sample_logp_entropy(
+            logits[3:4], temperature=temperature[3:4], seed=seed[3:4], offset=offset[3:4], backend="triton"
+        )
+        assert all(torch.equal(a[3:4], b) for a, b in zip(out, alone, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
+def test_rows_without_a_candidate(backend):
+    logits, seed, offset = rows(3, 200)
+    logits[1] = float("nan")
+    out = sample_logp_entropy(logits, seed=seed, offset=offset, backend=backend)
+    assert 0 <= out.token[1] < 200
+    assert out.logp.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
+def test_strided_logits_seeds_and_offsets(backend):
+    logits, seed, offset = rows(4, 130)
+    wanted = sample_logp_entropy(logits, seed=seed, offset=offset, backend=backend)
+    padded = torch.full((4, 300), float("nan"), device=DEVICE)
+    padded[:, 1:261:2] = logits
+    strided = [torch.stack((t, t + 1), 1)[:, 0] for t in (seed, offset)]
+    out = sample_logp_entropy(padded[:, 1:261:2], seed=strided[0], offset=strided[1], backend=backend)
+    assert torch.equal(out.token, wanted.token)
+    assert (out.logp - wanted.logp).abs().max() <= 3e-6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
