@@ -64,7 +64,8 @@ def gumbel(u, FAST: tl.constexpr):
     """-log(-log(1 - u)); below 1/8 a series, because 1 - u would round away the digits of a small u."""
     series = 0.16666666666666666 + u * (0.14285714285714285 + u * 0.125)
     series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + u * (0.2 + u * series)))))
-    return -LN2 * _log2(tl.where(u < 0.125, series, -LN2 * _log2(1.0 - u, FAST)), FAST)
+    exponential = tl.where(u < 0.125, series, _log2(1.0 - u, FAST) * -LN2)
+    return _log2(exponential, FAST) * -LN2
 
 
 @triton.jit
