@@ -16,9 +16,10 @@ ARCHITECTURES = [*configs.SHARED_BYTES, "sm_75", "sm_110"]  # the last two are n
 
 
 def entry(kernel="forward", tokens=8192, config=TILE, **changes):
+    settings = dataclasses.asdict(config) if isinstance(config, Tile) else config
     line = {
         "hidden": 3584, "vocab": 152064, "dtype": "bfloat16", "tokens": tokens, "kernel": kernel,
-        "config": dataclasses.asdict(config) if isinstance(config, Tile) else config, "source": "compiled", "measured": None,
+        "config": settings, "source": "compiled", "measured": None,
     }  # fmt: skip
     return {**line, **changes}
 

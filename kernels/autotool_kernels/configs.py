@@ -155,6 +155,18 @@ def unaligned(config: LinearConfig) -> LinearConfig:
     )
 
 
+def for_column_work(architecture: str, tile: Tile) -> Tile:
+    """The forward's tile when its epilogue has values per column (bias, softcap, columns that are missing).
+
+    On tensor memory these cost a change of layout, for which a flattened loop has no registers left. Bit-neutral.
+    """
+    return dataclasses.replace(tile, flatten=False) if _tensor_memory(architecture) else tile
+
+
+def _tensor_memory(architecture: str) -> bool:
+    return architecture != INTERPRETER and _generation(architecture) == 10
+
+
 def _generation(architecture: str) -> int:
     return int(architecture.removeprefix("sm_")[:-1])
 

@@ -103,6 +103,22 @@ def shifted_sums(z, m, k, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GUARD: t
 
 
 @triton.jit
+def finish_logits(
+    z, bias, cap, cap_factor, c0, V,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, RAGGED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Bias, softcap and missing columns of the products of columns c0.. ."""
+    c = c0 + tl.arange(0, BLOCK_C)
+    if HAS_BIAS:
+        z += tl.load(bias + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        z = cap * tanh(z * cap_factor)
+    if RAGGED == RAGGED_COLUMN:
+        z = tl.where((c < V)[None, :], z, float("-inf"))
+    return z
+
+
+@triton.jit
 def label_column(z, y, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """z[:, y] of each row, 0 where y is no column of the tile."""
     if BLOCK_C > PART_COLUMNS:
@@ -169,24 +185,21 @@ def forward_kernel(
             stride_xr, stride_xd, stride_wc, stride_wd,
             BLOCK_R, BLOCK_C, BLOCK_D, False, False, TMA, UPCAST, PRECISION,
         )  # fmt: skip
-        r, c = r0 + tl.arange(0, BLOCK_R), c0 + tl.arange(0, BLOCK_C)
+        r = r0 + tl.arange(0, BLOCK_R)
         k = tl.full((BLOCK_R,), 1.0, tl.float32) * factor
         if ROW_FACTOR:
             k = tl.load(row_factor + r, mask=r < live, other=1.0)
-        if HAS_BIAS:
-            z += tl.load(bias + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
-        if SOFTCAP:
-            z = cap * tanh(z * cap_factor)
-        if RAGGED == RAGGED_COLUMN:
-            z = tl.where((c < V)[None, :], z, float("-inf"))
-
-        # z is not scaled yet: the factor is applied to differences and to results, once per row.
+        # The logits are not scaled yet: the factor is applied to differences and to results, once per row.
         GUARD: tl.constexpr = HAS_BIAS or RAGGED == RAGGED_COLUMN
-        if tl.load(label_tiles + row_tile * column_tiles + column_tile) != 0:
-            y = tl.load(labels + r, mask=r < live, other=-1)
-            label = label_column(z, y - c0, BLOCK_R, BLOCK_C)
-            tl.store(label_logit + r, label * k, mask=(y >= c0) & (y < c0 + BLOCK_C))
+        y = tl.full((BLOCK_R,), -1, tl.int32)
+        labelled = tl.load(label_tiles + row_tile * column_tiles + column_tile) != 0
+        if labelled:
+            y = tl.load(labels + r, mask=r < live, other=-1) - c0
         if BLOCK_C == GROUP_COLUMNS:
+            z = finish_logits(z, bias, cap, cap_factor, c0, V, HAS_BIAS, SOFTCAP, RAGGED, GROUP_COLUMNS)
+            if labelled:
+                owned = (y >= 0) & (y < GROUP_COLUMNS)
+                tl.store(label_logit + r, label_column(z, y, BLOCK_R, GROUP_COLUMNS) * k, mask=owned)
             m = tl.max(z, 1)
             if STORE:
                 store_logits(store, store_max, z, m, k, r, c0, first_row, live, stored, V, BLOCK_R, STORE_RELATIVE)
@@ -194,6 +207,14 @@ def forward_kernel(
         else:
             tl.static_assert(BLOCK_C == 2 * GROUP_COLUMNS)
             left, right = split_columns(z, BLOCK_R, BLOCK_C)
+            left = finish_logits(left, bias, cap, cap_factor, c0, V, HAS_BIAS, SOFTCAP, RAGGED, GROUP_COLUMNS)
+            right = finish_logits(
+                right, bias, cap, cap_factor, c0 + GROUP_COLUMNS, V, HAS_BIAS, SOFTCAP, RAGGED, GROUP_COLUMNS
+            )
+            if labelled:
+                label = label_column(left, y, BLOCK_R, GROUP_COLUMNS)
+                label += label_column(right, y - GROUP_COLUMNS, BLOCK_R, GROUP_COLUMNS)
+                tl.store(label_logit + r, label * k, mask=(y >= 0) & (y < BLOCK_C))
             left_m, right_m = tl.max(left, 1), tl.max(right, 1)
             if STORE:
                 store_logits(
@@ -222,18 +243,18 @@ def forward_kernel(
 def dlogits_columns(
     z, k, m, a, b, at_label, y, labelled, bias, bias_partial, dz, stride_dz, cap, cap_factor, r0, c0, rows, V,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NEED_BIAS: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Turns products z into dL/da and writes them, PART_COLUMNS at a time."""
-    if BLOCK_C > PART_COLUMNS:
+    """Turns products z into dL/da and writes them, PART columns at a time."""
+    if BLOCK_C > PART:
         left, right = split_columns(z, BLOCK_R, BLOCK_C)
         dlogits_columns(
             left, k, m, a, b, at_label, y, labelled, bias, bias_partial, dz, stride_dz, cap, cap_factor,
-            r0, c0, rows, V, HAS_BIAS, SOFTCAP, NEED_BIAS, TMA, BLOCK_R, BLOCK_C // 2,
+            r0, c0, rows, V, HAS_BIAS, SOFTCAP, NEED_BIAS, TMA, BLOCK_R, BLOCK_C // 2, PART,
         )  # fmt: skip
         dlogits_columns(
             right, k, m, a, b, at_label, y, labelled, bias, bias_partial, dz, stride_dz, cap, cap_factor,
-            r0, c0 + BLOCK_C // 2, rows, V, HAS_BIAS, SOFTCAP, NEED_BIAS, TMA, BLOCK_R, BLOCK_C // 2,
+            r0, c0 + BLOCK_C // 2, rows, V, HAS_BIAS, SOFTCAP, NEED_BIAS, TMA, BLOCK_R, BLOCK_C // 2, PART,
         )  # fmt: skip
     else:
         r, c = r0 + tl.arange(0, BLOCK_R), c0 + tl.arange(0, BLOCK_C)
@@ -270,7 +291,7 @@ def dlogits_kernel(
     HAS_BIAS: tl.constexpr, ROW_FACTOR: tl.constexpr, SOFTCAP: tl.constexpr, NEED_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """dL/da [rows, V] of a slab whose columns (weight, bias) start at `first_column`; V counts the slab's columns.
 
@@ -301,7 +322,7 @@ def dlogits_kernel(
         labelled = tl.load(label_tiles + row_tile * label_stride + first_column // BLOCK_C + column_tile) != 0
         dlogits_columns(
             z, k, m, a, b, at_label, y, labelled, bias, bias_partial + row_tile.to(tl.int64) * V, dz, stride_dz,
-            cap, cap_factor, r0, c0, rows, V, HAS_BIAS, SOFTCAP, NEED_BIAS, TMA, BLOCK_R, BLOCK_C,
+            cap, cap_factor, r0, c0, rows, V, HAS_BIAS, SOFTCAP, NEED_BIAS, TMA, BLOCK_R, BLOCK_C, PART,
         )  # fmt: skip
 
 

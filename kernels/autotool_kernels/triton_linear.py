@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import INTERPRETER, LARGEST_BLOCK, LinearConfig, Tile, select, unaligned
+from .configs import INTERPRETER, LARGEST_BLOCK, LinearConfig, Tile, for_column_work, select, unaligned
 from .dispatch import interpreting
 from .reference import STORE_TILE, Head, RowStats, Store, store_dtype, store_tiles, stored_rows
 from .triton_gemm import (
@@ -38,7 +38,7 @@ ORDER_BLOCK = 4096
 ROW_BLOCK, HIDDEN_BLOCK = 8, 512
 MERGE_ROWS, MERGE_TILES = 16, 64
 SLAB_STEP = 512
-STORED_ROWS, STORED_COLUMNS = 16, 512
+STORED_ROWS, STORED_COLUMNS = 8, 256
 COEFFICIENT_ROWS = 256
 FLOAT32_PRECISION = "tf32x3"
 
@@ -70,6 +70,9 @@ def linear_forward(
     if not n:
         return stats, store
     tile = _usable(config or select(device.architecture, depth, v, n, hidden.dtype), weight).forward
+    ragged = _ragged(v, tile)
+    if head.softcap or head.bias is not None or ragged == RAGGED_COLUMN.value:
+        tile = for_column_work(device.architecture, tile)
     order, _, counts = _order(target, head.ignore_index)
     column_tiles = triton.cdiv(v, tile.cols)
     slab = _even_slab(n, PARTIAL_BYTES // (12 * column_tiles), max(tile.rows, 128))
@@ -83,7 +86,7 @@ def linear_forward(
             *_factors(head), partial, label_logit, store.logits, store.tile_max, counts, first, rows, v, depth,
             stored, *x.stride(), *weight.stride(),
             HAS_BIAS=head.bias is not None, ROW_FACTOR=row_factor is not None, SOFTCAP=head.softcap > 0,
-            RAGGED=_ragged(v, tile), STORE=first < stored, STORE_RELATIVE=store.tile_max.shape[1] > 0,
+            RAGGED=ragged, STORE=first < stored, STORE_RELATIVE=store.tile_max.shape[1] > 0,
             PROGRAMS=programs, **_constants(tile, hidden),
         )  # fmt: skip
         merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
@@ -137,6 +140,8 @@ def linear_backward(
         dw = None
     weight_out = dw if weight_sum is None else weight_sum
     row_tiles = triton.cdiv(n, tile.rows)
+    # What an option keeps per element must fit into the registers beside the product.
+    part = PART_COLUMNS.value // 2 if head.softcap or head.bias is not None else PART_COLUMNS.value
 
     for first in range(0, v, width):
         columns = slice(first, min(first + width, v))
@@ -146,13 +151,13 @@ def linear_backward(
         bias_partial = torch.zeros((row_tiles, cols), **new) if need_bias else None
         programs = _programs(device, tile, n, cols)
         bias = None if head.bias is None else head.bias[columns]
-        dz_out = TensorDescriptor.from_tensor(dz, [tile.rows, min(tile.cols, PART_COLUMNS.value)]) if tile.tma else dz
+        dz_out = TensorDescriptor.from_tensor(dz, [tile.rows, part]) if tile.tma else dz
         dlogits_kernel[(programs,)](
             *_operands(x, w, tile), _or(bias, x), labels, label_tiles, _or(row_factor, x), *_factors(head),
             coefficients, dz_out, _or(bias_partial, x), counts, n, cols, depth, first,
             *x.stride(), *w.stride(), dz.stride(0), label_tiles.shape[1],
             HAS_BIAS=bias is not None, ROW_FACTOR=row_factor is not None, SOFTCAP=head.softcap > 0,
-            NEED_BIAS=need_bias, PROGRAMS=programs,
+            NEED_BIAS=need_bias, PROGRAMS=programs, PART=part,
             **_constants(tile, hidden),
         )  # fmt: skip
         if stored:
