@@ -18,7 +18,16 @@ from pathlib import Path
 import kernels_oracle as oracle
 import pytest
 import torch
-from autotool_kernels import backends, cuda, dispatch, logits_logp_entropy, philox, policy, sample_logp_entropy
+from autotool_kernels import (
+    backends,
+    cuda,
+    dispatch,
+    logits_logp_entropy,
+    philox,
+    policy,
+    policy_loss,
+    sample_logp_entropy,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -376,3 +385,122 @@ def test_policy_loss_stays_inside_its_tensors_whatever_the_bounds(emulated, boun
     for start, stop in itertools.pairwise(bounds):
         known[max(start, 0) : max(stop, 0)] = True
     assert grad_logp[~known].count_nonzero() == grad_entropy[~known].count_nonzero() == 0
+
+
+# Real sizes, on a device: what neither the interpreter nor the emulator reaches.
+DEVICE_BACKENDS = ("triton", *(name for name in oracle.LOGITS_BACKENDS if name == "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+@pytest.mark.parametrize(
+    ("v", "dtype"),
+    [(152064, torch.bfloat16), (151936, torch.float32), (151669, torch.float16), (600064, torch.bfloat16)],
+)
+def test_long_rows_on_a_device(backend, v, dtype):
+    g = torch.Generator("cuda").manual_seed(0)
+    logits = (torch.randn(300, v, device="cuda", generator=g) * 3).to(dtype)
+    target = torch.randint(0, v, (300,), device="cuda", generator=g)
+    target[7] = -100
+    logits[7] = float("nan")
+    logits.requires_grad_()
+    out = logits_logp_entropy(logits, target, temperature=0.8, backend=backend)
+    upstream = torch.randn((2, 300), device="cuda", generator=g)
+    (dz,) = oracle.gradients(out, (logits,), upstream)
+    rows = torch.tensor([0, 6, 7, 8, 299], device="cuda")
+    leaf = logits.detach()[rows].double().nan_to_num(0.0).requires_grad_()
+    wanted = oracle.logp_entropy(leaf, target[rows], 0.8)
+    for a, w in zip(out, wanted, strict=True):
+        assert (a[rows] - w).abs().max() <= 2e-5
+    (expected,) = oracle.gradients(wanted, (leaf,), upstream[:, rows])
+    # One rounding to the logits' type: 2^-9 for bfloat16.
+    assert oracle.relative_error(dz[rows], expected) <= {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}.get(dtype, 1e-5)
+    for _ in range(20):
+        again = logits_logp_entropy(logits.detach(), target, temperature=0.8, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
+    alone = logits_logp_entropy(logits.detach()[rows], target[rows], temperature=0.8, backend=backend)
+    assert all(torch.equal(a[rows], b) for a, b in zip(out, alone, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+def test_offsets_beyond_31_bits_on_a_device(backend):
+    n, v = 14200, 152064
+    logits = torch.zeros((n, v), dtype=torch.bfloat16, device="cuda")
+    target = torch.full((n,), -100, device="cuda")
+    logits[-1, 5:] = -20.0
+    target[-1] = 3
+    logits.requires_grad_()
+    out = logits_logp_entropy(logits, target, backend=backend)
+    (dz,) = torch.autograd.grad(out.logp.sum(), logits)
+    assert abs(out.logp[-1].item() + torch.tensor(5.0 + (v - 5) * 2.718281828459045**-20).log().item()) <= 1e-5
+    assert abs(dz[-1, 3].item() - 0.8) <= 4e-3
+    assert dz[:-1].count_nonzero() == 0
+    zeros = torch.zeros(n, dtype=torch.int64, device="cuda")
+    sampled = sample_logp_entropy(logits.detach(), temperature=0, seed=zeros, offset=zeros, backend=backend)
+    assert sampled.token.count_nonzero() == 0
+    assert torch.equal(sampled.logp[-1], out.logp[-1]) or abs(sampled.logp[-1] - out.logp[-1]) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+@pytest.mark.parametrize("rows", [1, 32, 256])
+def test_sampled_tokens_on_a_device(backend, rows):
+    """The tokens of the PyTorch backend, save where two candidates tie to rounding."""
+    g = torch.Generator("cuda").manual_seed(rows)
+    logits = (torch.randn(rows, 152064, device="cuda", generator=g) * 3).bfloat16()
+    seed = torch.arange(rows, device="cuda") + 5
+    arguments = {"temperature": 0.7, "seed": seed, "offset": seed * 2**33}
+    out = sample_logp_entropy(logits, **arguments, backend=backend)
+    wanted = sample_logp_entropy(logits, **arguments, backend="torch")
+    assert (out.token != wanted.token).sum() <= 1
+    same = out.token == wanted.token
+    assert (out.logp - wanted.logp)[same].abs().max() <= 2e-5
+    assert (out.entropy - wanted.entropy).abs().max() <= 2e-5
+    alone = sample_logp_entropy(
+        logits[-1:], temperature=0.7, seed=seed[-1:], offset=arguments["offset"][-1:], backend=backend
+    )
+    assert all(torch.equal(a[-1:], b) for a, b in zip(out, alone, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+def test_ops_replay_in_a_graph(backend):
+    args = [t.cuda() for t in policy_batch([128] * 512)]
+    logits, target = (t.cuda() for t in logits_problem(40, 152064, torch.bfloat16))
+    seed = torch.arange(40, device="cuda")
+
+    def everything():
+        return (
+            *policy_loss(*args, backend=backend)[:2],
+            *logits_logp_entropy(logits, target, backend=backend),
+            *sample_logp_entropy(logits, seed=seed, offset=seed, backend=backend),
+        )
+
+    everything()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything()
+    for change in range(3):
+        logits.mul_(0.9)
+        args[0].sub_(0.01 * change)
+        seed.add_(1)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, everything(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+@pytest.mark.parametrize("lengths", [[128] * 512, [100000], [1] * 50000], ids=["usual", "long", "ones"])
+def test_policy_loss_at_size_on_a_device(backend, lengths):
+    args = [t.cuda() for t in policy_batch(lengths)]
+    gate = [0.21, 0.19, 0.03, 0.05]
+    run = dispatch.implementation("policy_loss", "cuda", torch.float32, backend)
+    wanted = policy.policy_forward(*args, gate, None, 0.2, 0.3, 0, 1.0)
+    first = run(*args, gate, None, 0.2, 0.3, 0, 1.0)
+    for a, w in zip(first, wanted, strict=True):
+        finite = w.isfinite()
+        assert (a - w)[finite].abs().max() <= 3e-6 * max(1, w[finite].abs().max().item())
+    for _ in range(20):
+        again = run(*args, gate, None, 0.2, 0.3, 0, 1.0)
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, again, strict=True))

@@ -59,12 +59,6 @@ def merge(m, s, u, log2_scale):
 
 
 @triton.jit
-def online_update(m, s, u, x):
-    """`accumulate` for scaled logits."""
-    return accumulate(m, s, u, x, LOG2E)
-
-
-@triton.jit
 def finish(label, m, s, u):
     """(logp, entropy, log s) from merged statistics and the label's logit; logp <= 0 <= entropy."""
     log_s = tl.log(s)
@@ -72,16 +66,6 @@ def finish(label, m, s, u):
     entropy = log_s - u / s
     # Comparisons, not minimum and maximum: a NaN stays a NaN.
     return tl.where(logp > 0, 0.0, logp), tl.where(entropy < 0, 0.0, entropy), log_s
-
-
-@triton.jit
-def dlogits(x, columns, y, g, h, entropy, m, log_s, t):
-    """dL/dlogits of scaled logits x [R, C]: (g (1[j=y] - p_j) - h p_j (log p_j + entropy)) / T."""
-    log_p = (x - m[:, None]) - log_s[:, None]
-    p = tl.exp(log_p)
-    # p = 0 for -inf logits, whose log p times 0 would be NaN.
-    spread = tl.where(p > 0, p * (g[:, None] + h[:, None] * (log_p + entropy[:, None])), 0.0)
-    return (tl.where(columns[None, :] == y[:, None], g[:, None], 0.0) - spread) / t[:, None]
 
 
 @triton.jit
