@@ -154,11 +154,9 @@ def test_logits_are_not_written_to():
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("backend", LOGITS_BACKENDS)
+@pytest.mark.parametrize("backend", LOGITS_BACKENDS[1:])  # PyTorch's divides first
 def test_temperature_does_not_amplify_an_offset(backend):
     """x - m is exact; scaling first would round at the size of the logits, 1e-3 here."""
-    if backend == "torch":
-        pytest.skip("divides first")
     logits, target, upstream = problem(3, 500)
     logits = (logits * 64).round() / 64
     actual = run(logits + 1e4, target, upstream, temperature=0.7, backend=backend)
