@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from autotool_kernels.products import project
 
 WARM_UP_SECONDS = {"cuda": 0.2, "cpu": 0.0}
 CANARY_SIZE = {"cuda": 8192, "cpu": 1024}
@@ -226,14 +227,21 @@ def _status(field: str) -> int:
 
 
 def matmul_tflops(device: torch.device, size: int | None = None, repetitions: int = 5) -> float:
-    """Rate of a square product of random matrices: bfloat16 on a GPU, float32 on a CPU."""
+    """Rate of a square product of random matrices: bfloat16 on a GPU, float32 on a CPU.
+
+    On a CPU the faster of torch.mm and oneDNN: on some processors torch.mm reaches half of what they can do.
+    """
     size = size or CANARY_SIZE[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = interleaved({"matmul": Call(lambda _: a @ b)}, device, repetitions)["matmul"]
-    if isinstance(times, str):
-        raise RuntimeError(f"the {size}^3 matmul failed: {times}")
-    return 2 * size**3 / times.ms / 1e9
+    calls = {"torch.mm": Call(lambda _: torch.mm(a, b.t()))}
+    if device.type == "cpu":
+        calls["oneDNN"] = Call(lambda _: project(a, b, dtype))
+    times = interleaved(calls, device, repetitions)
+    measured = [t.ms for t in times.values() if not isinstance(t, str)]
+    if not measured:
+        raise RuntimeError(f"the {size}^3 matmul failed: {times['torch.mm']}")
+    return 2 * size**3 / min(measured) / 1e9
 
 
 def copy_gb_s(device: torch.device, size: int | None = None, repetitions: int = 5) -> float:
