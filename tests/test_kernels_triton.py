@@ -250,6 +250,24 @@ def test_slabs_of_the_backward_change_nothing_but_rounding(monkeypatch):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
 
+def test_row_kernels_walk_more_than_one_block(monkeypatch):
+    """Compaction, gathering, merging and scattering with blocks far smaller than the problem."""
+    hidden, weight, target = problem(45, 40, 600)
+    target[::4] = -100
+    args, upstream = (hidden, weight, target), gradients(45)
+    for u in upstream:
+        u[7:20] = 0
+    whole = step(args, upstream, store_bytes=4 * 600 * 20)
+    for name, size in (("ORDER_BLOCK", 16), ("HIDDEN_BLOCK", 16), ("MERGE_TILES", 2), ("COEFFICIENT_ROWS", 16)):
+        monkeypatch.setattr(triton_linear, name, size)
+    blocks = step(args, upstream, store_bytes=4 * 600 * 20)
+    for a, b in zip(whole[2][:2], blocks[2][:2], strict=True):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+    for a, b in zip((*whole[0], *whole[1]), (*blocks[0], *blocks[1]), strict=True):
+        assert a.shape == b.shape
+        assert a.numel() == 0 or (a - b).abs().max() <= 1e-5
+
+
 def test_repeats_are_bitwise_equal():
     args, upstream = problem(50, 16, 260), gradients(50)
     first, second = (step(args, upstream, store_bytes=4 * 260 * 20) for _ in range(2))

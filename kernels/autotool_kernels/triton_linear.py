@@ -80,8 +80,8 @@ def linear_forward(
     for first in range(0, n, slab):
         rows = min(slab, n - first)
         x, labels, row_factor, label_tiles = _gather(hidden, target, order, counts, head, v, first, rows, tile)
-        programs = _programs(device, tile, rows, v)
-        forward_kernel[(programs,)](
+        programs, grid = _programs(device, tile, rows, v)
+        forward_kernel[(grid,)](
             *_operands(x, weight, tile), _or(head.bias, x), labels, label_tiles, _or(row_factor, x),
             *_factors(head), partial, label_logit, store.logits, store.tile_max, counts, first, rows, v, depth,
             stored, *x.stride(), *weight.stride(),
@@ -149,10 +149,10 @@ def linear_backward(
         cols = w.shape[0]
         dz = dz_slab[:, :cols]
         bias_partial = torch.zeros((row_tiles, cols), **new) if need_bias else None
-        programs = _programs(device, tile, n, cols)
+        programs, grid = _programs(device, tile, n, cols)
         bias = None if head.bias is None else head.bias[columns]
         dz_out = TensorDescriptor.from_tensor(dz, [tile.rows, part]) if tile.tma else dz
-        dlogits_kernel[(programs,)](
+        dlogits_kernel[(grid,)](
             *_operands(x, w, tile), _or(bias, x), labels, label_tiles, _or(row_factor, x), *_factors(head),
             coefficients, dz_out, _or(bias_partial, x), counts, n, cols, depth, first,
             *x.stride(), *w.stride(), dz.stride(0), label_tiles.shape[1],
@@ -203,7 +203,7 @@ def _order(
     order_kernel[(1,)](
         target, g, h, target.stride(0), stride_g, stride_h, order, rank, counts, n, stored or 0, ignore_index,
         BACKWARD=backward, HAS_G=grad_logp is not None, HAS_H=grad_entropy is not None,
-        BLOCK=min(ORDER_BLOCK, triton.next_power_of_2(n)), num_warps=8,
+        BLOCK=ORDER_BLOCK, num_warps=8,
     )  # fmt: skip
     return order, rank, counts
 
@@ -256,8 +256,8 @@ def _weight_product(config: LinearConfig, device, dz: Tensor, x: Tensor, out: Te
     if tile.tma:
         a = TensorDescriptor.from_tensor(dz, [tile.depth, tile.rows])
         b = TensorDescriptor.from_tensor(x, [tile.depth, tile.cols])
-    programs = _programs(device, tile, *out.shape)
-    product_kernel[(programs,)](
+    programs, grid = _programs(device, tile, *out.shape)
+    product_kernel[(grid,)](
         a, b, out, counts, *out.shape, dz.shape[0], dz.stride(1), dz.stride(0), x.stride(1), x.stride(0),
         out.stride(0), LIVE_ROWS=False, ACCUMULATE=add, A_DEPTH_MAJOR=True, PROGRAMS=programs,
         **_constants(tile, x),
@@ -275,8 +275,8 @@ def _hidden_product(config: LinearConfig, device, dz: Tensor, w: Tensor, out: Te
     if tile.tma:
         a = TensorDescriptor.from_tensor(dz, [tile.rows, tile.depth])
         b = TensorDescriptor.from_tensor(w, [tile.depth, tile.cols])
-    programs = _programs(device, tile, *out.shape)
-    product_kernel[(programs,)](
+    programs, grid = _programs(device, tile, *out.shape)
+    product_kernel[(grid,)](
         a, b, out, counts, *out.shape, dz.shape[1], *dz.stride(), w.stride(1), w.stride(0), out.stride(0),
         LIVE_ROWS=True, ACCUMULATE=add, A_DEPTH_MAJOR=False, PROGRAMS=programs, **_constants(tile, w),
     )  # fmt: skip
@@ -333,9 +333,10 @@ def _constants(tile: Tile, operand: Tensor) -> dict:
     }  # fmt: skip
 
 
-def _programs(device: Device, tile: Tile, rows: int, cols: int) -> int:
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
-    return min(device.processors * tile.programs, tiles)
+def _programs(device: Device, tile: Tile, rows: int, cols: int) -> tuple[int, int]:
+    """(programs of a full grid, programs that have a tile): the first is compiled in and must not follow N."""
+    most = device.processors * tile.programs
+    return most, min(most, triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols))
 
 
 def _factors(head: Head) -> tuple[float, float, float]:
