@@ -215,7 +215,7 @@ def test_triton_rows_do_not_depend_on_the_batch():
 def test_triton_backward_writes_into_any_rows():
     """In place and into rows of another stride: the same bits, zeros in dead rows, nothing beside the rows."""
     logits, target, (g, h) = problem(4, 300)
-    logits[1] = float("nan")
+    logits[1:3] = float("nan")
     target[1] = -100
     g[2] = h[2] = 0.0
     rest = (target, triton_logits.logits_forward(logits, target, 1.0, None, -100), 1.0, None, -100)

@@ -241,6 +241,19 @@ def test_a_nan_entropy_stays_in_its_sequence(backend):
     assert out.sequence_entropy.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wild_ratio_at_advantage_zero_stays_out_of_the_loss(backend):
+    args = random_batch([4, 5, 6])
+    args[3][1] = 0.0
+    args[1][4:9] = -1e4  # exp of the log-ratio is inf
+    args[5][:] = True
+    out, grads = run(args, backend=backend, **OPTIONS)
+    assert out.loss.isfinite()
+    assert all(g.isfinite().all() for g in grads)
+    assert grads[0][4:9].count_nonzero() == 0
+    assert out.metrics["ratio_max"] == float("inf")
+
+
 triton_policy = pytest.importorskip("autotool_kernels.triton_policy")
 
 

@@ -111,7 +111,7 @@ def _sample(
     score = x * inverse_t[:, None] + noise
     best = tl.max(tl.max(score, 1), 0)
     # The first of equal ones.
-    first = tl.min(tl.min(tl.where((score == best) & (score > float("-inf")), column, NO_COLUMN), 1), 0)
+    first = tl.min(tl.min(tl.where(score == best, column, NO_COLUMN), 1), 0)
 
     one = tl.arange(0, 1)
     if SPLITS == 1:
