@@ -82,7 +82,9 @@ class PolicyTeacher:
             for first in range(0, len(tasks), self._chunk):
                 part = asked[first : first + self._chunk]
                 for place, played in enumerate(policy.play(part, "think"), first):
-                    right = played.length_class == 0 and played.episode.score()
+                    thinks = any(reply.parsed.length_class == 0 for reply in played.replies)
+                    whole = played.stop == "finished" and not any(reply.parsed.errors for reply in played.replies)
+                    right = thinks and whole and played.episode.score()
                     correct[place] += right
                     if right and replies[place] is None:
                         replies[place] = tuple(_written(reply.parsed) for reply in played.replies)
