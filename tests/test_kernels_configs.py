@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,3 +139,30 @@ def test_configurations_are_checked_when_built():
         LinearConfig(TILE, TILE, TILE, TILE, matmul="blas")
     with pytest.raises(ValueError, match=r"forward.cols must be 128 or 256"):
         LinearConfig(dataclasses.replace(TILE, cols=64), TILE, TILE, TILE)
+
+
+LAYOUTS = """
+import re, torch
+from autotool_kernels import machine_code, triton_linear
+from autotool_kernels.reference import Head
+for h, v in ((3584, 152064), (896, 151936)):
+    for n in (48, 8192):
+        new = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+        with machine_code.recording(90) as launches:
+            triton_linear.linear_forward(new(n, h), new(v, h), new(n, dtype=torch.int64), Head())
+        launch = next(l for l in launches if "forward_kernel" in l.name)
+        print(re.findall(r"warpsPerCTA = \\[(\\d+, \\d+)\\], instrShape = \\[(.*?)\\]",
+                         machine_code.compile_launch(launch).asm["ttgir"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_warp_holds_whole_rows_on_sm_90():
+    """What `bits_key` says of sm_90, read from the compiler: all warps along the rows, the same instruction."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", LAYOUTS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    few, many, *shallow = done.stdout.splitlines()
+    assert few == "[('4, 1', '16, 256, 16')]"
+    assert many == "[('8, 1', '16, 256, 16')]"
+    assert shallow == ["[('4, 1', '16, 128, 16')]"] * 2
