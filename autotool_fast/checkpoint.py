@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, and that carry everything a run needs to continue bit for bit.
 
     step-00000040/
-      model/               Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it
+      model/               Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it (LoRA: the adapter alone)
       tensors.safetensors  optimizer state, random-generator states, anything else that is a tensor
       state.json           counters, controllers, optimizer hyper-parameters
       manifest.json        format, step, and the size and SHA-256 of every other file; written last
@@ -61,6 +61,11 @@ class Checkpoint:
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """Copy the saved weights into `model`, in place, so that optimizers keep their parameters."""
+        from autotool_fast import adapters
+
+        if adapters.present(model):
+            adapters.load_weights(model, self.model)
+            return
         with no_progress_bars():
             saved = type(model).from_pretrained(self.model, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())

@@ -36,26 +36,60 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 def load_preset(name: str) -> TrainConfig:
     """The settings of a preset: a name in `presets/`, or the path of a .toml file.
 
+    A preset may start from another with `extends = "name"`; its own settings come on top.
+
     Raises:
-        UserError: no such preset, invalid TOML, an unknown key or a bad value.
+        UserError: no such preset, invalid TOML, an unknown key, a bad value, or presets that extend each other.
     """
+    path = _preset_path(name, "--preset")
+    values: dict[str, Any] = {}
+    for source, layer in reversed(_layers(path)):
+        _lay(values, layer)
+        try:
+            config = from_dict({**values, "preset": name}, source=str(source))
+        except UserError as error:
+            if error.where == str(source):
+                raise
+            raise UserError(f"{error.where}: {error.what}", where=str(source), remedy=error.remedy) from None
+    return config
+
+
+def _preset_path(name: str, where: str) -> Path:
     path = Path(name) if name.endswith(".toml") or "/" in name else PRESETS / f"{name}.toml"
     if path.parent == PRESETS and not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.toml"))
         guess = difflib.get_close_matches(name, names, n=1)
-        choices = (
-            f"did you mean '{guess[0]}'?" if guess else f"use one of {', '.join(names)}, or a .toml file"
-        )
-        raise UserError(f"no preset '{name}'", where="--preset", remedy=choices)
-    values = _read_toml(path)
-    if "preset" in values:
-        raise UserError("a preset cannot name another", where=str(path), remedy="remove the key 'preset'")
-    try:
-        return from_dict({**values, "preset": name}, source=str(path))
-    except UserError as error:
-        if error.where == str(path):
-            raise
-        raise UserError(f"{error.where}: {error.what}", where=str(path), remedy=error.remedy) from None
+        choices = f"did you mean '{guess[0]}'?" if guess else f"use one of {', '.join(names)}, or a .toml file"
+        raise UserError(f"no preset '{name}'", where=where, remedy=choices)
+    return path
+
+
+def _layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A preset file and those it extends, nearest first, each with its own settings."""
+    layers: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        values = _read_toml(path)
+        if "preset" in values:
+            remedy = "remove the key 'preset', or write extends = ..."
+            raise UserError("a preset cannot name itself", where=str(path), remedy=remedy)
+        parent = values.pop("extends", None)
+        layers.append((path, values))
+        if parent is None:
+            return layers
+        if not isinstance(parent, str):
+            raise UserError("must be the name of a preset", where=f"{path}: extends")
+        path = _preset_path(parent, f"{path}: extends")
+        if path in [seen for seen, _ in layers]:
+            raise UserError(f"goes round in circles at '{parent}'", where=f"{layers[-1][0]}: extends")
+
+
+def _lay(values: dict[str, Any], layer: dict[str, Any]) -> None:
+    """Put a layer's settings over `values`, section by section."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = {**values[key], **value}
+        else:
+            values[key] = value
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

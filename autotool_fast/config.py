@@ -104,6 +104,18 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
+class LoraConfig(Section):
+    """Low-rank adapters for a pretrained model (needs peft): far less memory for gradients and optimizer."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = number(0, low=0)
+    """Rank of the adapters of every linear layer but the head; 0: all weights are trained."""
+    alpha: float = number(32.0, above=0.0)
+    """Scale: the addition is multiplied by alpha / rank."""
+
+
+@dataclass(frozen=True)
 class SftConfig(Section):
     """Supervised training: linear warm-up, constant rate, linear decay over the last 30 % of the steps."""
 
@@ -369,6 +381,7 @@ class TrainConfig(Section):
     world: WorldConfig = field(default_factory=WorldConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
@@ -383,9 +396,11 @@ class TrainConfig(Section):
         self.require(not (self.resume and self.overwrite), "resume", "cannot be combined with --overwrite")
         object.__setattr__(self, "stages", tuple(s for s in STAGES if s in self.stages))
         if not self.out:
-            object.__setattr__(self, "out", f"runs/{Path(self.preset).stem or 'run'}")
+            object.__setattr__(self, "out", f"runs/{Path(self.preset).name.removesuffix('.toml') or 'run'}")
         able = bool(self.model.path) or not self.data.path
         self.require(able, "data.path", "needs a pretrained model", "add --model")
+        able = bool(self.model.path) or not self.lora.rank
+        self.require(able, "lora.rank", "needs a pretrained model", "add --model")
         budget = self.rollout.max_new_tokens
         fits = budget < self.model.max_positions
         self.require(fits, "rollout.max_new_tokens", "must be less than model.max_positions")

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from autotool_fast import adapters, memory
 from autotool_fast.chat import MODES, ChatFormat, chat_format
 from autotool_fast.checkpoint import no_progress_bars
 from autotool_fast.config import SftConfig, Stage, TrainConfig
@@ -35,6 +36,8 @@ class Pipeline:
         self.config: TrainConfig = context.config
         self.run = context.run
         model = self.config.model
+        if model.path:
+            context.progress.say(f"memory: {memory.describe(self.config)}")
         self.tokenizer = load_tokenizer(model.path) if model.path else build_tokenizer()
         self.chat = chat_format(self.tokenizer, model.chat_format) if model.path else ChatFormat(self.tokenizer)
         self.limits = rollout_limits(self.config.rollout)
@@ -72,13 +75,22 @@ class Pipeline:
             raise UserError("is missing", where=str(folder), remedy=f"run stage {stage} first")
         return self._ready(load_model(folder, config.dtype))
 
+    def trainable(self, name: str) -> PreTrainedModel:
+        """A model that an earlier stage saved, to be trained on: all of it, or an adapter beside it."""
+        model = self.load(name)
+        if self.config.lora.rank:
+            adapters.add(model, self.config.lora, self.config.seed)
+        return model
+
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         if self.config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.to(self.device)
 
     def save(self, model: PreTrainedModel, name: str) -> None:
-        """Export a model as a Hugging Face folder, which is whole or absent."""
+        """Export a model as a Hugging Face folder, which is whole or absent; an adapter is merged into it first."""
+        if adapters.present(model):
+            adapters.merge(model)
         folder = self.run.model(name)
         beside = folder.with_name(f".{name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)

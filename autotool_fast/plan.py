@@ -1,12 +1,14 @@
 """What a run is going to do: checks before anything is written, and the text of `--dry-run`.
 
-Neither needs torch, unless a GPU is asked for.
+Neither needs torch, unless a GPU or a pretrained model is asked for.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
+from autotool_fast import memory
 from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.tasks.world import World
@@ -19,15 +21,18 @@ def check(config: TrainConfig) -> None:
     """Refuse a run that cannot succeed, while what the run folder holds is still untouched.
 
     Raises:
-        UserError: no task can be drawn; there is no GPU where one is asked for; a stage of a new run needs one that is
-            not run; `base.reuse` holds no model, or is about to be removed by --overwrite.
+        UserError: no task can be drawn; there is no GPU (a dry run needs none) or no peft where one is asked for; a
+            stage of a new run needs one that is not run; `base.reuse` holds no model, or is about to be removed by
+            --overwrite.
     """
     if not config.data.path:
         World(config.world.families, config.world.max_difficulty)
     elif not Path(config.data.path).is_dir():
         remedy = "write the folder with python -m autotool_fast.data prepare"
         raise UserError("is no folder", where=f"data.path ({config.data.path})", remedy=remedy)
-    if config.device == "cuda":
+    if config.lora.rank and importlib.util.find_spec("peft") is None:
+        raise UserError("needs peft", where="lora.rank", remedy="install it with pip install peft")
+    if config.device == "cuda" and not config.dry_run:
         import torch  # only a run that asks for a GPU pays for it here
 
         if not torch.cuda.is_available():
@@ -76,13 +81,15 @@ def describe(config: TrainConfig) -> str:
         if config.data.path
         else ("world", f"{', '.join(world.families)}; difficulty 0-{world.max_difficulty}")
     )
+    adapter = f", adapters of rank {config.lora.rank}" if config.lora.rank else ""
     rows = [
         ("preset", config.preset),
         ("run folder", f"{config.out}{_folder_note(config)}"),
         ("seed", str(config.seed)),
         ("arm", f"{config.arm}, {config.start} start"),
         source,
-        ("model", f"{model.path}, {model.dtype}" if model.path else embedded),
+        ("model", f"{model.path}, {model.dtype}{adapter}" if model.path else embedded),
+        *([("memory", memory.describe(config))] if model.path else []),
         *((f"stage {stage}", stage_summary(config, stage)) for stage in config.stages),
     ]
     sampled = sum(stage_tokens(config, stage) for stage in config.stages)

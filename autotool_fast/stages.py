@@ -183,7 +183,7 @@ def warmup(p: Pipeline) -> dict[str, Any]:
     config = p.config.warmup
     p.sft(
         "warmup",
-        p.load("base"),
+        p.trainable("base"),
         config,
         lambda step: [demos[i] for i in epochs(len(demos), config.batch, step, (p.config.seed, 1))],
     )
@@ -199,7 +199,7 @@ def distill(p: Pipeline) -> dict[str, Any]:
     steps = p.config.distill_steps
     p.sft(
         "distill",
-        p.load("base"),
+        p.trainable("base"),
         config,
         lambda step: [demos[i] for i in epochs(len(demos), config.batch, step, (p.config.seed, 2))],
         steps=steps,
@@ -208,7 +208,7 @@ def distill(p: Pipeline) -> dict[str, Any]:
 
 
 def _start_model(p: Pipeline) -> PreTrainedModel:
-    return p.load("base" if p.config.start == "cold" else "warmup")
+    return p.trainable("base" if p.config.start == "cold" else "warmup")
 
 
 def refine_prompts(p: Pipeline) -> dict[str, Any]:

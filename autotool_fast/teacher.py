@@ -113,7 +113,7 @@ def make_teacher(config: LabelConfig, *, seed: int, max_len: int, max_new_tokens
     """The teacher that `label.teacher` names; None when the base model is its own.
 
     Raises:
-        UserError: there is no such model, or an endpoint without `label.teacher_model`.
+        UserError: there is no such model, no answering server, or an endpoint without `label.teacher_model`.
     """
     name = config.teacher
     if not name:
@@ -133,6 +133,7 @@ def make_teacher(config: LabelConfig, *, seed: int, max_len: int, max_new_tokens
             max_tokens=max_new_tokens,
             temperature=config.teacher_temperature,
         )
+        Endpoint(settings).probe("label.teacher")
         return PolicyTeacher(lambda sample: Endpoint(dataclasses.replace(settings, seed=seed + sample)), config.k)
     if not Path(name).is_dir():
         remedy = f"give a model folder, an http address, or '{FROM_DATA}'"

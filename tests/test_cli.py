@@ -171,3 +171,47 @@ def test_plan_and_errors_load_nothing_heavy():
     assert wrong.returncode == 2
     assert "HEAVY []" in wrong.stdout
     assert wrong.stderr == "unknown option --rl.lrr; did you mean --rl.lr?\n"
+
+
+def test_a_preset_may_extend_another_section_by_section(tmp_path):
+    (tmp_path / "base.toml").write_text('arm = "fixed"\n[rl]\nlr = 1e-5\nsteps = 7\n')
+    (tmp_path / "mine.toml").write_text(f'extends = "{tmp_path / "base.toml"}"\n[rl]\nsteps = 9\n')
+    config = load_preset(str(tmp_path / "mine.toml"))
+    assert (config.arm, config.rl.lr, config.rl.steps) == ("fixed", 1e-5, 9)
+    assert config.out == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "mini-ful"', "extends: no preset 'mini-ful'; did you mean 'mini-full'?"),
+        ("extends = 3", "extends: must be the name of a preset"),
+        ('extends = "{self}"', "extends: goes round in circles"),
+        ('preset = "mini"', "a preset cannot name itself"),
+    ],
+)
+def test_a_preset_that_extends_nothing_usable_is_one_line(tmp_path, text, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace("{self}", str(path)))
+    with pytest.raises(UserError) as error:
+        load_preset(str(path))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-1.5b", "qwen3-0.6b"])
+def test_the_presets_of_real_models_name_the_source_of_every_value(name):
+    for line in (PRESETS / f"{name}.toml").read_text().splitlines():
+        if "=" in line and not line.startswith(("#", "extends")):
+            assert "  # " in line, line
+
+
+def test_the_papers_settings_are_in_its_preset():
+    config = load_preset("qwen2.5-7b")
+    rl = config.rl
+    assert (rl.target_short, rl.target_long, rl.beta_short, rl.beta_long) == (0.1, 0.2, 0.0, 0.01)
+    assert (rl.correct_short, rl.correct_long, rl.wrong_long, rl.wrong_short) == (1.0, 0.5, -0.5, -1.0)
+    assert (config.label.k, config.label_rule, config.label.teacher_model) == (8, "any", "Qwen/Qwen3-32B")
+    assert (config.arm, rl.normalize, rl.entropy_scope) == ("decoupled", "sequences", "reply")
+    assert config.refine.prompts == 21000
+    for smaller in ("qwen2.5-1.5b", "qwen3-0.6b"):
+        assert load_preset(smaller).rl == rl

@@ -181,3 +181,17 @@ def test_the_plan_names_model_and_data(place, capsys):
     assert str(place / "model") in text
     assert str(place / "data") in text
     assert not (place / "planned").exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_keeps_them_in_checkpoints_and_exports_whole_models(place):
+    more = ["--lora.rank", "2", "--warmup.lr", "0.01", "--refine.no-enabled", "--label.prompts", "3"]
+    assert main(options(place, "lora", *more, "--stages", "base,label,warmup,rl")) == 0
+    exported = place / "lora" / "models" / "warmup"
+    assert not (exported / "adapter_config.json").exists()
+    before, after = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (place / "model", exported))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("proj" in name and name.endswith("weight") for name in moved)
+    newest = max((place / "lora" / "checkpoints" / "rl").glob("step-*"))
+    assert {path.name for path in (newest / "model").glob("*.safetensors")} == {"adapter_model.safetensors"}

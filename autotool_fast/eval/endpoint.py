@@ -73,6 +73,17 @@ class Endpoint(Stepwise):
         self.settings = settings
         self.parameters = settings.parameters or None
 
+    def probe(self, where: str) -> None:
+        """Raise UserError, blaming the setting `where`, when nothing answers at the address within five seconds."""
+        try:
+            urllib.request.urlopen(f"{self.settings.url.rstrip('/')}/models", timeout=5.0).close()
+        except urllib.error.HTTPError:
+            pass  # a server answered; whether it wants a key is seen when it is asked
+        except (OSError, HTTPException) as error:
+            problem = f"cannot be reached ({getattr(error, 'reason', None) or error})"
+            where = f"{where} ({self.settings.url})"
+            raise UserError(problem, where=where, remedy="start the server, or check the address") from None
+
     def config(self) -> dict[str, Any]:
         """What the replies depend on."""
         kept = asdict(self.settings)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from autotool_kernels import sample_logp_entropy
+from autotool_kernels.products import project
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -265,8 +266,14 @@ class SlotEngine:
         return self._sample(slots, logits)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """The model's logits [rows, V] of hidden states [rows, H]."""
-        logits = self.model.get_output_embeddings()(hidden)
+        """The model's logits [rows, V] of hidden states [rows, H]; float32 also of low-precision weights."""
+        head = self.model.get_output_embeddings()
+        if head.weight.dtype in (torch.float32, torch.float64):
+            logits = head(hidden)
+        else:  # as the trainer computes them: bfloat16 logits would be off by up to 2^-9 of their size
+            logits = project(hidden, head.weight, torch.float32)
+            if getattr(head, "bias", None) is not None:
+                logits += head.bias
         if self._scale != 1.0:
             logits = logits * self._scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
