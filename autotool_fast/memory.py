@@ -95,9 +95,10 @@ def estimate(shape: Shape, config: TrainConfig) -> dict[str, int]:
     trained = shape.adapter * rank if rank else shape.parameters
     rollout = config.rollout
     cached = 2 * shape.layers * shape.kv_heads * shape.head_dim
-    # Saved for the backward pass by token: norms, residuals, queries, keys, values, attention output, the gated MLP.
-    layer = 6 * shape.hidden + 2 * (shape.heads + shape.kv_heads) * shape.head_dim + 4 * shape.intermediate
-    saved = shape.layers * shape.hidden + layer if config.model.gradient_checkpointing else shape.layers * layer
+    # Saved for the backward pass by token: residuals, queries, keys, values, attention, gated MLP; norms in float32.
+    kept = 5 * shape.hidden + 2 * (shape.heads + shape.kv_heads) * shape.head_dim + 4 * shape.intermediate
+    layer, rows = kept * width + 3 * shape.hidden * 4, shape.hidden * width
+    saved = shape.layers * rows + layer if config.model.gradient_checkpointing else shape.layers * layer
     tokens = max(config.rl.micro_tokens, config.model.max_positions)
     return {
         "weights": (shape.parameters + (trained if rank else 0)) * width,
@@ -105,7 +106,7 @@ def estimate(shape: Shape, config: TrainConfig) -> dict[str, int]:
         "gradients": trained * 4,
         "Adam": trained * 8,
         "key-value cache": cached * rollout.slots * config.model.max_positions * width,
-        "activations": tokens * saved * width + rollout.slots * shape.vocab * 4,
+        "activations": tokens * saved + rollout.slots * shape.vocab * 4,
     }
 
 

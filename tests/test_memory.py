@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -13,6 +14,7 @@ from autotool_fast.cli import load_preset
 from autotool_fast.config import TrainConfig, from_dict
 from autotool_fast.errors import UserError
 from autotool_fast.loop import Optimizers
+from autotool_fast.policy import pack, packed_logp_entropy
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.train import main
 
@@ -74,6 +76,27 @@ def test_an_adapter_saves_the_memory_of_gradients_and_optimizer(folder):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert after["Adam"] == 8 * trained < before["Adam"]
     assert after["weights"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_of_the_activations_is_near_what_the_forward_saves(folder, dtype):
+    model = small().to(getattr(torch, dtype))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch, trained = pack([np.arange(64) for _ in range(8)]), torch.zeros(512, dtype=torch.bool)
+    trained[5] = True
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed_logp_entropy(model, batch, trained)
+    config = settings(folder, dtype=dtype, max_positions=512)
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, micro_tokens=512))
+    found = memory.estimate(memory.shape_of(str(folder)), config)["activations"] - 5 * 96 * 4
+    assert found == pytest.approx(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()), rel=0.25)
 
 
 def test_checkpointing_and_micro_batches_lower_the_activations(folder):
