@@ -107,6 +107,7 @@ def test_a_model_folder_teaches(tmp_path):
     [
         (LabelConfig(teacher="nowhere"), "label.teacher (nowhere)"),
         (LabelConfig(teacher="http://127.0.0.1:9/v1"), "label.teacher_model"),
+        (LabelConfig(teacher="http://127.0.0.1:9/v1", teacher_model="m"), "label.teacher (http://127.0.0.1:9/v1)"),
     ],
 )
 def test_a_teacher_that_cannot_be_asked_is_one_line(config, where):
