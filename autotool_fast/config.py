@@ -25,6 +25,7 @@ Start = Literal["cold", "noisy", "clean"]
 Family = Literal["set", "parallel", "irrelevant", "missing", "hop", "reg", "cups", "chain"]
 LabelRule = Literal["any", "threshold"]
 Dialogues = Literal["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
+MULTI_TURN: tuple[Dialogues, ...] = get_args(Dialogues)
 
 
 @dataclass(frozen=True)

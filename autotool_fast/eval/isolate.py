@@ -105,7 +105,7 @@ class WorkerHost:
         return self._facts
 
     def open(self) -> Session:
-        """A fresh process. A server that has died is started anew."""
+        """A fresh process. A server that has died is started anew, without the sessions it left."""
         ours, theirs = socket.socketpair()
         with self._lock, theirs:
             self._start()
@@ -133,15 +133,14 @@ class WorkerHost:
 
     def close(self) -> None:
         """End the server and every session."""
-        if self._shared is not None:
-            self._shared.close()
-        self._shared = None
         self._stop()
 
     def _stop(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
         if self._control is not None:
             self._finalizer()
-        self._control = None
+        self._shared = self._control = None
 
     def _start(self) -> None:
         if self._control is not None:
