@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from eval_stand_ins import CharacterChat, ScriptedEngine, reply_text
+from lamp_data import write_lamp_data
 from lamp_environment import live_processes, write_environment, write_model
 from small_runs import ctrl_c_at
 from transformers import AutoModelForCausalLM
 
 from autotool_fast.chat import parse_reply
 from autotool_fast.config import MULTI_TURN, EnvironmentConfig, from_dict
+from autotool_fast.data import main as data_main
 from autotool_fast.environment import SimulatorProblems, held_out_ids, replies_needed
 from autotool_fast.errors import UserError
 from autotool_fast.eval import bfcl
@@ -410,6 +412,24 @@ def test_a_model_is_refined_trained_and_evaluated_on_simulators(place, monkeypat
     assert set(results["models"]) == {"base", "rl"}
     (cell,) = results["models"]["base"]["auto"]["cells"]
     assert (cell["family"], cell["difficulty"], cell["n"]) == ("bfcl/multi_turn_base", 1, 2)
+
+
+@pytest.mark.slow
+def test_a_run_labels_and_warms_up_on_data_and_trains_on_data_and_simulators(place):
+    (place / "raw").mkdir()
+    data = ["prepare", *write_lamp_data(place / "raw"), "--out", str(place / "data"), "--sft", "20", "--rl", "10"]
+    assert data_main([*data, "--test-share", "0.2"]) == 0
+    stages = ["--start", "clean", "--stages", "label,warmup,refine,rl,eval", "--environment.share", "0.5"]
+    short = ["--label.prompts", "4", "--label.k", "1", "--label.unsolved", "short", "--eval.per-cell", "1"]
+    warm = ["--warmup.steps", "2", "--warmup.batch", "2", "--warmup.warmup-steps", "1", "--warmup.lr", "1e-4"]
+    assert main(options(place, "mixed", "--data", str(place / "data"), *stages, *short, *warm)) == 0
+    labels = [json.loads(line) for line in (place / "mixed" / "labels.jsonl").read_text().splitlines()]
+    assert not [row for row in labels if row["family"].startswith("bfcl/")]
+    cells = json.loads((place / "mixed" / "results.json").read_text())["models"]["rl"]["auto"]["cells"]
+    assert {cell["family"].partition("/")[0] for cell in cells} >= {"bfcl", "xlam"}
+    pool = json.loads((place / "mixed" / "refined.json").read_text())["report"]
+    assert pool["by_difficulty"]["1"]["pool"] == 2  # half of four prompts; the data's have difficulty 0
+    assert live_processes(place / "lamps") == []
 
 
 @pytest.mark.slow
