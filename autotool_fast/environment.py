@@ -1,7 +1,8 @@
 """Simulators as a training environment: RL prompts and held-out tasks out of BFCL's multi-turn entries, or one's own.
 
-Entries come from a folder of the layout of `bfcl-eval`. Entries that share a user's message are on one side of the
-split, which a hash of their content decides: nothing that is trained on is evaluated, whatever the seed.
+Entries come from a folder of the layout of `bfcl-eval`. Those that share a user's message or a state to begin with are
+on one side of the split, which a hash of their content decides: nothing that is trained on is evaluated, whatever the
+seed.
 
 An episode has simulators of its own, in a process that starts with its first call and is closed with the episode. One
 whose simulators pass the deadline of a call or crash is over and wrong; such episodes are counted and reported, and
@@ -28,8 +29,8 @@ from autotool_fast.problems import DataProblems, per_cell_first
 from autotool_fast.tasks.record import Task
 
 OPTION = "--environment.path"
-_PHRASE = 8
-"""A message that more tasks hold is a phrase ("Thanks."), not what a task asks; variants of one entry are fewer."""
+_COMMON = 8
+"""A message that more tasks hold is a phrase ("Thanks."), such a state a default; variants of one entry are fewer."""
 
 
 class SimulatorProblems:
@@ -188,12 +189,11 @@ def replies_needed(task: Task) -> int:
 
 
 def held_out_ids(tasks: Sequence[Task], share: float) -> frozenset[str]:
-    """Ids of the tasks that are held out, about `share` of the groups of tasks with a user's message in common."""
-    said = {task.id: _said(task) for task in tasks}
+    """Ids of the tasks that are held out: about `share` of the groups of tasks that have something in common."""
     holders: dict[str, list[str]] = defaultdict(list)
-    for name, messages in said.items():
-        for message in messages:
-            holders[message].append(name)
+    for task in tasks:
+        for trait in _traits(task):
+            holders[trait].append(task.id)
     leader = {task.id: task.id for task in tasks}
 
     def find(name: str) -> str:
@@ -203,7 +203,7 @@ def held_out_ids(tasks: Sequence[Task], share: float) -> frozenset[str]:
         return name
 
     for names in holders.values():
-        if len(names) <= _PHRASE:
+        if len(names) <= _COMMON:
             for name in names[1:]:
                 leader[find(name)] = find(names[0])
     digests: dict[str, bytes] = {}
@@ -213,11 +213,12 @@ def held_out_ids(tasks: Sequence[Task], share: float) -> frozenset[str]:
     return frozenset(task.id for task in tasks if _unit(digests[find(task.id)]) < share)
 
 
-def _said(task: Task) -> set[str]:
-    """What the user says, case and white space aside; of a task that says nothing of its own, all of its content."""
-    turns = task.spec["entry"]["question"]
-    words = {" ".join(m["content"].casefold().split()) for turn in turns for m in turn if m["role"] == "user"}
-    return words or {_digest(task).hex()}
+def _traits(task: Task) -> set[str]:
+    """What variants of a task share: things the user says, case and white space aside, and the state to begin with."""
+    entry = task.spec["entry"]
+    said = (m["content"] for turn in entry["question"] for m in turn if m["role"] == "user")
+    state = json.dumps([entry["initial_config"], entry["involved_classes"]], sort_keys=True)
+    return {state, *(" ".join(text.casefold().split()) for text in said)}
 
 
 def _digest(task: Task) -> bytes:

@@ -107,6 +107,14 @@ def test_the_split_follows_content_not_names_order_or_neighbours():
     assert held != held_out_ids([entry(f"a{i}", f"Do {i}.", lamps="cd") for i in range(40)], 0.3)
 
 
+def test_variants_in_other_words_are_known_by_their_state():
+    lamps = "abcdefghijklmnopqrst"
+    pairs = [(entry(f"a{lamp}", f"Do {lamp}.", lamps=lamp), entry(f"b{lamp}", lamp, lamps=lamp)) for lamp in lamps]
+    held = held_out_ids([task for pair in pairs for task in pair], 0.5)
+    assert 0 < len(held) < 40
+    assert all((one.id in held) == (other.id in held) for one, other in pairs)
+
+
 def test_tasks_without_words_of_their_own_are_told_apart_by_their_state():
     lamps = "abcdefghijklmnopqrst"
     held = held_out_ids([entry(lamp, "Light it.", lamps=lamp) for lamp in lamps], 0.5)
