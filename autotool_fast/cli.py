@@ -20,7 +20,7 @@ from autotool_fast.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 PROGRAM = "python -m autotool_fast.train"
-SHORT_FORMS = {"--model": "--model.path", "--data": "--data.path"}
+SHORT_FORMS = {"--model": "--model.path", "--data": "--data.path", "--environment": "--environment.kind"}
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:

@@ -24,6 +24,8 @@ Arm = Literal["none", "fixed", "adaptive", "decoupled-fixed", "decoupled"]
 Start = Literal["cold", "noisy", "clean"]
 Family = Literal["set", "parallel", "irrelevant", "missing", "hop", "reg", "cups", "chain"]
 LabelRule = Literal["any", "threshold"]
+Dialogues = Literal["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
+MULTI_TURN: tuple[Dialogues, ...] = get_args(Dialogues)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,30 @@ class DataConfig(Section):
     """Folder that `python -m autotool_fast.data prepare` wrote; empty: the embedded world. Short form: --data."""
     strict: bool = False
     """Tell 3 from 3.0 when arguments are compared."""
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig(Section):
+    """Simulators as a source of RL prompts and held-out tasks; they need a pretrained model. What is labelled and
+    warmed up on is prepared data in any case."""
+
+    section: ClassVar[str] = "environment"
+
+    kind: Literal["none", "bfcl"] = "none"
+    """bfcl: the multi-turn entries of a folder with the layout of the bfcl-eval package. Short form: --environment."""
+    path: str = ""
+    """That folder; empty: the installed package."""
+    categories: tuple[Dialogues, ...] = ("multi_turn_base",)
+    """Which entries."""
+    share: float = number(1.0, above=0.0, high=1.0)
+    """Share of the RL prompts that come from the simulators; the rest comes from prepared data."""
+    test_share: float = number(0.2, above=0.0, below=1.0)
+    """Share of the entries held out for evaluation."""
+    call_deadline_s: float = number(5.0, above=0.0)
+    """Seconds the calls of one reply may take; then the episode is over and wrong. Others wait meanwhile."""
+
+    def validate(self) -> None:
+        self.require(bool(self.categories), "categories", "must name at least one category")
 
 
 @dataclass(frozen=True)
@@ -380,6 +406,7 @@ class TrainConfig(Section):
     """Where models live. The embedded model is too small to gain from a GPU."""
     world: WorldConfig = field(default_factory=WorldConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -401,11 +428,26 @@ class TrainConfig(Section):
         self.require(able, "data.path", "needs a pretrained model", "add --model")
         able = bool(self.model.path) or not self.lora.rank
         self.require(able, "lora.rank", "needs a pretrained model", "add --model")
+        self._check_environment()
         budget = self.rollout.max_new_tokens
         fits = budget < self.model.max_positions
         self.require(fits, "rollout.max_new_tokens", "must be less than model.max_positions")
         pool = self.refine.prompts >= self.rl.prompts_per_step
         self.require(pool, "refine.prompts", "must be at least rl.prompts_per_step")
+
+    def _check_environment(self) -> None:
+        if self.environment.kind == "none":
+            return
+        self.require(bool(self.model.path), "environment.kind", "needs a pretrained model", "add --model")
+        if self.data.path:
+            return
+        share = self.environment.share == 1.0
+        self.require(share, "environment.share", "must be 1 without prepared data", "add --data")
+        learn = {"label", "distill"} | ({"warmup"} if self.start != "cold" else set())
+        for stage in self.stages:
+            problem = f"stage {stage} needs prepared data: simulators give no replies to learn from"
+            remedy = "add --data, or train without a warm-up: --start cold --stages refine,rl,eval"
+            self.require(stage not in learn, "stages", problem, remedy)
 
     @property
     def label_rule(self) -> LabelRule:

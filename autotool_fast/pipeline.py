@@ -17,11 +17,13 @@ from autotool_fast import adapters, memory
 from autotool_fast.chat import MODES, ChatFormat, chat_format
 from autotool_fast.checkpoint import no_progress_bars
 from autotool_fast.config import SftConfig, Stage, TrainConfig
+from autotool_fast.environment import SimulatorProblems
 from autotool_fast.errors import UserError
 from autotool_fast.loop import Context, Optimizers, StageState, StepResult, run_steps, trapezoid
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
 from autotool_fast.rl import rollout_limits
 from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.tiny import build_tokenizer
 from autotool_fast.warmup import Demonstration, sft_backward
 
@@ -44,25 +46,48 @@ class Pipeline:
         self.device = torch.device(self.config.device)
         self.problems = self._problems()
         self.weights = self.problems.weights
+        for notice in self.problems.notices:
+            context.progress.say(notice)
 
     def _problems(self) -> Problems:
         config = self.config
-        if not config.data.path:
+        if not config.data.path and config.environment.kind == "none":
             return WorldProblems(config.world, config.seed, "natural" if config.model.path else "compact")
         room = config.model.max_positions - self.limits.max_new_tokens - max(map(len, self._mode_tags()))
-        problems = DataProblems(
-            Path(config.data.path),
+
+        def unusable(task: Task) -> str | None:
+            for message in task.messages:
+                if reason := self.chat.unwritable_message(message):
+                    return f"{reason} in the history"
+            prompt = self.chat.encode_prompt(list(task.messages), list(task.tools))
+            return None if len(prompt) <= room else "prompt too long"
+
+        data = None
+        if config.data.path:
+            data = DataProblems(
+                Path(config.data.path),
+                config.seed,
+                unusable=unusable,
+                unwritable=self.chat.unwritable,
+                strict=config.data.strict,
+            )
+        if config.environment.kind == "none":
+            return data
+        return SimulatorProblems(
+            config.environment,
             config.seed,
-            fits=lambda task: len(self.chat.encode_prompt(list(task.messages), list(task.tools))) <= room,
-            strict=config.data.strict,
+            unusable=unusable,
+            max_turns=self.limits.max_turns,
+            data=data,
+            warn=self.context.progress.say,
         )
-        for part, reasons in problems.left_out.items():
-            for reason, count in reasons.items():
-                self.context.progress.say(f"data: {count} examples of {part}.jsonl left out, {reason}")
-        return problems
 
     def _mode_tags(self) -> list[list[int]]:
         return [self.chat.encode_mode(mode) for mode in MODES]
+
+    def close(self) -> None:
+        """Give back what the problems hold."""
+        self.problems.close()
 
     def load(self, name: str) -> PreTrainedModel:
         """A model that an earlier stage saved, or (base) the pretrained one."""

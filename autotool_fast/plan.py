@@ -21,13 +21,17 @@ def check(config: TrainConfig) -> None:
     """Refuse a run that cannot succeed, while what the run folder holds is still untouched.
 
     Raises:
-        UserError: no task can be drawn; there is no GPU (a dry run needs none) or no peft where one is asked for; a
-            stage of a new run needs one that is not run; `base.reuse` holds no model, or is about to be removed by
-            --overwrite.
+        UserError: no task can be drawn; the environment's package is missing; there is no GPU (a dry run needs none)
+            or no peft where one is asked for; a stage of a new run needs one that is not run; `base.reuse` holds no
+            model, or is about to be removed by --overwrite.
     """
-    if not config.data.path:
+    if config.environment.kind == "bfcl":
+        from autotool_fast.eval.bfcl import locate
+
+        locate(Path(config.environment.path) if config.environment.path else None, "--environment.path")
+    elif not config.data.path:
         World(config.world.families, config.world.max_difficulty)
-    elif not Path(config.data.path).is_dir():
+    if config.data.path and not Path(config.data.path).is_dir():
         remedy = "write the folder with python -m autotool_fast.data prepare"
         raise UserError("is no folder", where=f"data.path ({config.data.path})", remedy=remedy)
     if config.lora.rank and importlib.util.find_spec("peft") is None:
@@ -76,18 +80,18 @@ def describe(config: TrainConfig) -> str:
     embedded = (
         f"Qwen3, {model.layers} layers of {model.hidden}, at most {model.parameters(VOCAB_ESTIMATE):,} parameters"
     )
-    source = (
-        ("data", config.data.path)
-        if config.data.path
-        else ("world", f"{', '.join(world.families)}; difficulty 0-{world.max_difficulty}")
-    )
+    sources = [("data", config.data.path)] if config.data.path else []
+    if config.environment.kind != "none":
+        sources.append(("environment", _environment_text(config)))
+    if not sources:
+        sources.append(("world", f"{', '.join(world.families)}; difficulty 0-{world.max_difficulty}"))
     adapter = f", adapters of rank {config.lora.rank}" if config.lora.rank else ""
     rows = [
         ("preset", config.preset),
         ("run folder", f"{config.out}{_folder_note(config)}"),
         ("seed", str(config.seed)),
         ("arm", f"{config.arm}, {config.start} start"),
-        source,
+        *sources,
         ("model", f"{model.path}, {model.dtype}{adapter}" if model.path else embedded),
         *([("memory", memory.describe(config))] if model.path else []),
         *((f"stage {stage}", stage_summary(config, stage)) for stage in config.stages),
@@ -96,6 +100,12 @@ def describe(config: TrainConfig) -> str:
     rows.append(("token budget", f"at most {sampled:,} sampled tokens before evaluation"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _environment_text(config: TrainConfig) -> str:
+    chosen = config.environment
+    where = chosen.path or "the installed package"
+    return f"{chosen.kind} in {where}: {', '.join(chosen.categories)}; {chosen.share:.0%} of the RL prompts"
 
 
 def stage_summary(config: TrainConfig, stage: Stage) -> str:

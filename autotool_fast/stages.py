@@ -15,8 +15,9 @@ or after a stop. What a step of RL does is in `rl`, of SFT in `warmup`; the loop
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from autotool_fast import files
+from autotool_fast.chat import parse_reply
 from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, evaluate, regret
@@ -48,7 +50,7 @@ from autotool_fast.runs import RunFolder
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.rendering import solution
 from autotool_fast.tasks.tiny import build_model
-from autotool_fast.teacher import make_teacher
+from autotool_fast.teacher import Lesson, make_teacher
 from autotool_fast.transcripts import Transcripts, one_per_cell, rewards_of
 from autotool_fast.warmup import Demonstration, demonstrate, imitate
 
@@ -122,7 +124,7 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
         long = [sum(t.correct for t in group) for group in groups]
         traces = [next((imitate(t, p.chat) for t in group if t.correct), None) for group in groups]
     else:
-        lessons = teacher.teach(tasks, lambda done: sampled(per_mode + done))
+        lessons = _writable(teacher.teach(tasks, lambda done: sampled(per_mode + done)), p)
         long = [lesson.correct for lesson in lessons]
         traces = [
             None if lesson.replies is None else demonstrate(task, lesson.replies, p.chat)
@@ -147,6 +149,20 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
     files.write_text(p.run.path / "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     table = label_table(outcomes, *rule)
     return {"rule": p.config.label_rule, "k": config.k, "table": [vars(row) for row in table]}
+
+
+def _writable(lessons: Sequence[Lesson], p: Pipeline) -> list[Lesson]:
+    """The lessons; one whose replies have no form in the trained model's chat format teaches nothing."""
+    left_out: Counter[str] = Counter()
+    kept = []
+    for lesson in lessons:
+        replies = map(parse_reply, lesson.replies or ())
+        reason = next(filter(None, (p.chat.unwritable(reply.calls, reply.text) for reply in replies)), None)
+        left_out.update([reason] if reason else [])
+        kept.append(Lesson(0, None) if reason else lesson)
+    for reason, count in left_out.items():
+        p.context.progress.say(f"label: {count} long answers of the teacher left out, {reason}")
+    return kept
 
 
 def _demo_json(demo: Demonstration) -> dict[str, list[int]]:
@@ -435,14 +451,14 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     with open_context(config, run) as context:
-        pipeline = Pipeline(context)
         try:
-            for stage in config.stages:
-                if is_done(pipeline, stage):
-                    context.progress.say(f"{stage}: finished before")
-                    continue
-                context.stop.check()
-                run.finish_stage(stage, STAGES[stage](pipeline))
+            with closing(Pipeline(context)) as pipeline:
+                for stage in config.stages:
+                    if is_done(pipeline, stage):
+                        context.progress.say(f"{stage}: finished before")
+                        continue
+                    context.stop.check()
+                    run.finish_stage(stage, STAGES[stage](pipeline))
         except Interrupted:
             context.progress.finish()
             flag = "--resume in place of --overwrite" if config.overwrite else "--resume"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -134,23 +136,33 @@ TEMPLATES = {"qwen2.5": QWEN25, "qwen3": QWEN3, "hermes": HERMES, "llama3.1": LL
 _SHARED: list[str] = []
 
 
-def make_tokenizer(template: str | dict | None, tags: tuple[str, ...] = TAGS) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with turn markers as special tokens and `tags` as added ones that are not special."""
-    if not _SHARED:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=420,
-            min_frequency=1,
-            special_tokens=list(SPECIAL),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(CORPUS, trainer)
-        _SHARED.append(tokenizer.to_str())
+def _trained(corpus: Sequence[str], size: int) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=1,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer.to_str()
+
+
+def make_tokenizer(
+    template: str | dict | None, tags: tuple[str, ...] = TAGS, corpus: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with turn markers as special tokens and `tags` as added ones that are not special.
+
+    With a `corpus` its words are tokens, so that prompts made of them are short.
+    """
+    if not corpus and not _SHARED:
+        _SHARED.append(_trained(CORPUS, 420))
+    text = _trained([*CORPUS, *corpus], 1000) if corpus else _SHARED[0]
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_SHARED[0]), eos_token="<|im_end|>", bos_token="<|begin_of_text|>"
+        tokenizer_object=Tokenizer.from_str(text), eos_token="<|im_end|>", bos_token="<|begin_of_text|>"
     )
     fast.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     fast.chat_template = template

@@ -1,9 +1,12 @@
 """The command line: options over preset over defaults, one clear line for every mistake, no torch."""
 
+import importlib
 import os
+import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -160,6 +163,24 @@ def test_help_is_complete_quick_and_light():
 
 def test_help_shows_the_preset_in_force():
     assert "runs/smoke" in run("--preset", "smoke", "--help").stdout
+
+
+def test_the_installed_commands_exist():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    commands = dict(re.findall(r'^(autotool-\w+) = "([\w.:]+)"$', text, re.MULTILINE))
+    assert set(commands) == {f"autotool-{name}" for name in ("train", "eval", "chat", "data")}
+    for place in commands.values():
+        module, _, name = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_checking_an_environment_loads_nothing_heavy(tmp_path):
+    program = LIGHT.replace("import describe", "import check").replace("print(describe(", "print(check(")
+    argv = ["--model", "m", "--environment", "bfcl", "--start", "cold", "--stages", "rl"]
+    command = [sys.executable, "-c", program, *argv, "--environment.path", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, "HEAVY []" in result.stdout) == (2, True)
+    assert "holds no folder bfcl_eval" in result.stderr
 
 
 def test_plan_and_errors_load_nothing_heavy():

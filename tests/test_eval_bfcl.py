@@ -3,11 +3,13 @@ hazards of its simulators."""
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from eval_stand_ins import MULTI_TURN, SINGLE_TURN, STAND_INS, CharacterChat, Scripted, ScriptedEngine, reply_text
 
+from autotool_fast.chat import parse_reply
 from autotool_fast.errors import UserError
 from autotool_fast.eval import bfcl, bfcl_scores
 from autotool_fast.eval.bfcl import Bfcl
@@ -115,8 +117,32 @@ def test_a_dialogue_is_judged_by_the_state_after_each_turn(stand_in):
     assert json.loads(messages[-1]["content"]) == {"hall": "on", "desk": "on"}
     late, _ = played(stand_in, "multi_turn_base", look, DONE, hall, desk, DONE)
     assert (late["correct"], late["reason"]) == (False, "stand_in:state")
-    cut, _ = played(stand_in, "multi_turn_base", hall, DONE, "[think] broken")
-    assert (cut["correct"], cut["stop"]) == (False, "malformed")
+
+
+BROKEN = '[no_think]\n<tool_call>\n{"name": "switch", "arguments": {"lamp": "desk"}}\n</tool_call>\n<tool_call>\n{'
+HALL = reply_text(("switch", {"lamp": "hall"}))
+DESK = reply_text(("switch", {"lamp": "desk"}), ("look", {}))
+
+
+def test_a_malformed_reply_ends_the_user_s_turn_of_a_dialogue(stand_in):
+    row, policy = played(stand_in, "multi_turn_base", HALL, BROKEN, DESK, DONE)
+    assert (row["correct"], row["strict"], row["malformed"], row["stop"]) == (True, False, True, "finished")
+    before, said, following = policy.requests[2][0][-3:]
+    assert (before["role"], said, following["role"]) == ("tool", {"role": "assistant", "content": BROKEN}, "user")
+    assert row["record"]["result"][0][1] == ""  # the well-formed call beside the broken one is made by nobody
+    last, _ = played(stand_in, "multi_turn_base", HALL, DONE, BROKEN)
+    assert (last["correct"], last["stop"], last["reason"]) == (False, "finished", "stand_in:empty_turn")
+
+
+def test_a_checkpoint_goes_on_after_a_malformed_reply_and_a_trained_episode_does_not(stand_in):
+    task, limits = task_of(stand_in, "multi_turn_base"), RolloutLimits(20, 9000, 3000)
+    script = [[HALL, BROKEN[:40], DESK, DONE]]
+    options = {"chat": CharacterChat(), "group_size": 1, "seed": 0, "step": 0, "limits": limits}
+    (evaluated,) = rollout(ScriptedEngine(script), [task], malformed_ends=False, **options)
+    assert (evaluated.correct, evaluated.stop_reason, evaluated.length_class) == (True, StopReason.FINISHED, -1)
+    assert evaluated.ids.tolist()[evaluated.turn_spans[1][1] :][:4] == [ord(c) for c in "And "]  # the next user's turn
+    (trained,) = rollout(ScriptedEngine(script), [task], **options)
+    assert (trained.correct, trained.stop_reason) == (False, StopReason.MALFORMED)
 
 
 def test_held_out_functions_arrive_with_their_turn(stand_in):
@@ -167,6 +193,23 @@ def test_a_call_past_its_deadline_fails_the_episode_and_nothing_else(stand_in):
     assert (row["correct"], row["reason"]) == (False, "call_deadline")
     assert "too long" in policy.requests[1][0][-1]["content"]
     assert "stopped" in policy.requests[2][0][-1]["content"]
+
+
+def test_a_simulator_that_crashes_fails_the_episode_and_nothing_else(stand_in):
+    leave = reply_text(("quit_process", {}))
+    row, policy = played(stand_in, "multi_turn_base", leave, HALL, DONE, DESK, DONE)
+    assert (row["correct"], row["reason"]) == (False, "simulator_crashed")
+    assert "crashed" in policy.requests[1][0][-1]["content"]
+    assert "stopped" in policy.requests[2][0][-1]["content"]
+
+
+def test_a_simulator_that_cannot_be_made_fails_the_episode_and_nothing_else(stand_in):
+    task = task_of(stand_in, "multi_turn_base")
+    entry = {**task.spec["entry"], "initial_config": {"House": {"lamps": 3}}}
+    episode = replace(task, spec={**task.spec, "entry": entry}).episode()
+    (answer,) = episode.step(parse_reply(HALL))
+    assert "crashed" in answer["content"]
+    assert episode.verdict().reason == "simulator_crashed"
 
 
 def test_episodes_train_through_the_rollout_driver(stand_in):

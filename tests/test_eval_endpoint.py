@@ -127,6 +127,13 @@ def test_messages_are_read_as_strictly_as_text(message, mode, calls, text, error
     assert parsed.errors == errors
 
 
+def test_a_malformed_message_is_kept_as_it_was_written():
+    message = {"content": "Well.", "tool_calls": [call("switch", '{"lamp": '), call("look", "{}")]}
+    reply = read_message(message, {}, {})
+    assert reply.parsed.errors
+    assert reply.text == 'Well.\n<tool_call>\nswitch {"lamp": \n</tool_call>\n<tool_call>\nlook {}\n</tool_call>'
+
+
 def test_names_are_sent_as_servers_accept_them_and_come_back(serve):
     names = sent_names(["a.b", "a_b", "ü", "x" * 80, "x" * 81])
     assert names["a.b"] == "a_b"

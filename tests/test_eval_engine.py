@@ -1,14 +1,15 @@
 """A checkpoint as a policy: whole episodes in the local engine, figures as the training-time evaluation has them."""
 
 import pytest
-from eval_stand_ins import STAND_INS
+from eval_stand_ins import STAND_INS, CharacterChat, ScriptedEngine, reply_text
 from transformers import AutoModelForCausalLM
 
-from autotool_fast.chat import ChatFormat
+from autotool_fast.chat import FORMATS, ChatFormat
 from autotool_fast.checkpoint import no_progress_bars
 from autotool_fast.config import ModelConfig
 from autotool_fast.errors import UserError
 from autotool_fast.eval.__main__ import main
+from autotool_fast.eval.acebench import AceBench
 from autotool_fast.eval.apibank import ApiBank
 from autotool_fast.eval.bfcl import Bfcl
 from autotool_fast.eval.embedded import Embedded
@@ -94,6 +95,33 @@ def test_histories_with_calls_reach_the_model(checkpoint, tmp_path):
     rows = run(ApiBank(STAND_INS / "apibank"), policy(checkpoint, max_len=900), tmp_path)
     assert len(rows) == 5
     assert all(row["output_tokens"] > 0 for row in rows)
+
+
+BROKEN = "[no_think]\n<tool_call>\n{"
+
+
+def scripted(checkpoint, *replies):
+    """The policy with a model that writes `replies`."""
+    made = policy(checkpoint, max_turn_tokens=1000, max_new_tokens=9000, max_len=90_000)
+    made._engine, made._chat = ScriptedEngine([replies]), CharacterChat()
+    made._chat.wire = FORMATS["qwen2.5"]
+    return made
+
+
+def test_a_dialogue_of_bfcl_goes_on_after_a_malformed_reply(checkpoint, tmp_path):
+    hall, desk = reply_text(("switch", {"lamp": "hall"})), reply_text(("switch", {"lamp": "desk"}), ("look", {}))
+    benchmark = Bfcl(STAND_INS / "bfcl", ["multi_turn_base"])
+    (row,) = run(benchmark, scripted(checkpoint, hall, BROKEN, desk, reply_text(text="Done.")), tmp_path)
+    benchmark.close()
+    assert (row["correct"], row["malformed"], row["stop"], len(row["replies"])) == (True, True, "finished", 4)
+
+
+def test_what_an_episode_did_before_it_was_cut_is_judged_on_its_simulators(checkpoint, tmp_path):
+    on, note = reply_text(("turn_on", {})), reply_text(("add_note", {"text": "Ann's tea"}))
+    benchmark = AceBench(STAND_INS / "acebench", ["agent_multi_step"])
+    (row,) = run(benchmark, scripted(checkpoint, on, note, BROKEN), tmp_path, limit=1)
+    benchmark.close()
+    assert (row["correct"], row["malformed"], row["stop"]) == (True, True, "malformed")
 
 
 def test_the_command_plays_a_checkpoint(checkpoint, tmp_path, capsys):

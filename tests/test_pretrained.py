@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat_models import QWEN25, make_tokenizer
+from chat_models import LLAMA31, QWEN25, make_tokenizer
+from lamp_data import corpus, write_lamp_data
+from lamp_environment import small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from autotool_fast.chat import chat_format
+from autotool_fast.chat import MODE_INSTRUCTION, chat_format
 from autotool_fast.data import main as data_main
 from autotool_fast.metrics import read_rows
 from autotool_fast.rollout.engine import SlotEngine
@@ -107,12 +109,13 @@ def test_every_stage_runs_on_a_pretrained_model_and_prepared_data(run):
     assert (run / "report.html").exists()
 
 
+def weights(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 @pytest.mark.slow
 def test_the_warm_up_moves_the_weights_and_rl_without_a_reward_difference_does_not(run, place):
-    def weights(folder: Path) -> torch.Tensor:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
     start, warm, final = (weights(f) for f in (place / "model", run / "models" / "warmup", run / "models" / "rl"))
     assert not torch.equal(start, warm)
     rows = [row for row in read_rows(run / "metrics.jsonl") if row["stage"] == "rl"]
@@ -146,6 +149,97 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(run, place):
     for name in ("warmup", "distilled", "rl"):
         weights = [(place / out / "models" / name / "model.safetensors").read_bytes() for out in ("run", "parts")]
         assert weights[0] == weights[1], name
+
+
+LEARNING = """
+stages = ["label", "warmup", "refine", "rl", "eval"]
+[model]
+max_positions = 512
+[label]
+prompts = 40
+k = 2
+unsolved = "short"
+[warmup]
+steps = 100
+batch = 8
+lr = 4e-3
+warmup_steps = 5
+[refine]
+prompts = 12
+rounds = 2
+drop_hard = 0.0
+keep = 1.0
+[rl]
+steps = 2
+prompts_per_step = 6
+group_size = 4
+lr = 1e-4
+eval_every = 1
+[rollout]
+slots = 24
+prefill_chunk = 512
+max_new_tokens = 48
+max_turn_tokens = 48
+[eval]
+per_cell = 4
+interim_per_cell = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> Path:
+    """A run whose warm-up is long enough for a small model to be right about half of the time."""
+    folder = tmp_path_factory.mktemp("learnt")
+    (folder / "raw").mkdir()
+    tokenizer = make_tokenizer(QWEN25, corpus=[MODE_INSTRUCTION, *corpus()])
+    small_model(len(tokenizer), hidden=64, layers=2).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    sizes = ["--sft", "22", "--rl", "12", "--test-share", "0.2"]
+    assert data_main(["prepare", *write_lamp_data(folder / "raw"), "--out", str(folder / "data"), *sizes]) == 0
+    (folder / "small.toml").write_text(LEARNING)
+    assert main(options(folder, "run")) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_a_warmed_up_model_earns_rewards_that_differ_within_groups(learnt):
+    rows = [row for row in read_rows(learnt / "run" / "metrics.jsonl") if row["stage"] in ("refine", "rl")]
+    assert len(rows) == 6
+    assert all(row["groups/constant"] < 1 for row in rows)
+    assert all(0 < row["acc/all"] < 1 for row in rows)
+    report = json.loads((learnt / "run" / "refined.json").read_text())["report"]
+    assert report["variance_limit"] > 0  # rewards moved from round to round
+
+
+@pytest.mark.slow
+def test_rl_on_earned_rewards_changes_the_weights(learnt):
+    warm, final = (weights(learnt / "run" / "models" / name) for name in ("warmup", "rl"))
+    assert not torch.equal(warm, final)
+    rows = [row for row in read_rows(learnt / "run" / "metrics.jsonl") if row["stage"] == "rl"]
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_what_was_learnt_answers_held_out_requests(learnt):
+    results = json.loads((learnt / "run" / "results.json").read_text())
+    accuracy = {name: modes["auto"]["overall"]["accuracy"] for name, modes in results["models"].items()}
+    assert accuracy["base"] == 0
+    assert accuracy["warmup"] > 0
+    assert accuracy["rl"] > 0
+    right = {cell["family"] for cell in results["models"]["rl"]["auto"]["cells"] if cell["accuracy"] > 0}
+    assert any(family.endswith("/call") for family in right)  # not by refusing everything
+
+
+def test_examples_that_a_chat_format_cannot_write_are_counted_and_left_out(place, tmp_path, capsys):
+    tokenizer = make_tokenizer(LLAMA31)
+    small_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = ["--data", str(place / "data"), "--preset", str(place / "small.toml"), "--stages", "label,warmup"]
+    assert main([*data, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().err
+    assert "of sft.jsonl left out, several calls in one turn" in lines
+    labels = [json.loads(line) for line in (tmp_path / "run" / "labels.jsonl").read_text().splitlines()]
+    assert labels
 
 
 def refusal(capsys, *argv: str) -> str:

@@ -231,6 +231,14 @@ def test_slow_tools_of_one_episode_do_not_lose_the_others(model, script):
     assert [t.stop_reason for t in run(make_engine(model), tasks)] == [StopReason.FINISHED] * 2
 
 
+def test_slow_tools_count_against_the_deadline_of_their_own_episode_only(model, script):
+    script(0, 0, SHORT * 2)
+    script(1, 0, SHORT * 2)
+    tasks = [make_task(2, seconds=0.6), make_task(2)]
+    slow, other = run(make_engine(model), tasks, limits=RolloutLimits(deadline_s=0.5))
+    assert (slow.stop_reason, other.stop_reason) == (StopReason.DEADLINE, StopReason.FINISHED)
+
+
 @pytest.mark.parametrize(("mode", "tag"), [("think", THINK), ("no_think", NO_THINK)])
 def test_a_forced_mode_opens_every_turn_and_is_not_sampled(model, script, mode, tag):
     body = LONG[1:] if mode == "think" else SHORT[1:]

@@ -12,7 +12,7 @@ What a format is stands in `formats`; that data cannot become control tokens is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,16 @@ from autotool_fast.chat.formats import (
     template_text,
 )
 from autotool_fast.chat.guard import DataGuard
-from autotool_fast.chat.reply import MODES, NO_THINK_TAG, THINK_TAG, ParsedReply, ToolCall, parse_reply, render_reply
+from autotool_fast.chat.reply import (
+    MODES,
+    NO_THINK_TAG,
+    THINK_TAG,
+    ParsedReply,
+    ToolCall,
+    parse_reply,
+    render_reply,
+    unwritable,
+)
 from autotool_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -180,6 +189,16 @@ class ChatFormat:
     def write_reply(self, think: str | None, calls: Iterable[ToolCall] = (), text: str = "") -> str:
         """The reply text that `parse` reads back; see `render_reply`."""
         return render_reply(think, tuple(calls), text, self.wire.syntax)
+
+    def unwritable(self, calls: Sequence[ToolCall], text: str) -> str | None:
+        """Why `write_reply` refuses calls and text, in a few words; None when it does not."""
+        return unwritable(calls, text, self.wire.syntax)
+
+    def unwritable_message(self, message: dict) -> str | None:
+        """The same of a conversation's message; only the assistant's are written as replies."""
+        if message["role"] != "assistant":
+            return None
+        return self.unwritable(message.get("tool_calls") or (), message.get("content") or "")
 
     def reply_text(self, message: dict) -> str:
         """An assistant message as reply text.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,6 +227,18 @@ def parse_reply(text: str, syntax: str = "tagged") -> ParsedReply:
     return ParsedReply(mode, think, tuple(calls), body, tuple(errors))
 
 
+def unwritable(calls: Sequence[ToolCall], text: str, syntax: str) -> str | None:
+    """Why a reply of calls and text has no form in a syntax, in a few words; None when it has."""
+    if syntax == "bare":
+        if len(calls) > 1:
+            return "several calls in one turn"
+        if calls and text:
+            return "text beside a call"
+        if text.lstrip().startswith(("{", _PYTHON_TAG)):
+            return "text that would be read as a call"
+    return None
+
+
 def render_reply(
     think: str | None, calls: tuple[ToolCall, ...] = (), text: str = "", syntax: str = "tagged"
 ) -> str:
@@ -236,9 +249,9 @@ def render_reply(
     """
     head = f"{NO_THINK_TAG}\n" if think is None else f"{THINK_TAG}\n<think>\n{think}\n</think>\n"
     if syntax == "bare":
-        if len(calls) + bool(text) > 1 or text.lstrip().startswith(("{", _PYTHON_TAG)):
-            problem = f"a reply of {len(calls)} calls and {len(text)} characters of text cannot be written"
-            raise UserError(problem, where="chat format", remedy="this format takes one call, or plain text")
+        if problem := unwritable(calls, text, syntax):
+            remedy = "this format takes one call, or plain text"
+            raise UserError(f"a reply cannot be written: {problem}", where="chat format", remedy=remedy)
         return head + (calls[0].to_json(syntax) if calls else text)
     blocks = [f"<tool_call>\n{call.to_json()}\n</tool_call>" for call in calls]
     return head + "\n".join(([text] if text else []) + blocks)

@@ -7,8 +7,10 @@ the agentic ones need a network or an embedding model and are not run.
 `correct` is BFCL's verdict. `strict` also wants every reply to be well formed and, in multi-turn, no call in a turn
 that wants none.
 
-Multi-turn tasks are a training environment as well: their episodes hold a process with the simulators' state, and any
-rollout driver can play them. Training on a benchmark's own entries makes its scores meaningless; give the
+A malformed reply ends a single-turn episode; in multi-turn it ends the user's turn, as it does in BFCL.
+
+Multi-turn tasks are a training environment as well (see `environment`): their episodes hold a process with the
+simulators' state. Training on a benchmark's own entries makes its scores meaningless; give the
 environment a folder with other entries of the same form.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +34,6 @@ from autotool_fast.eval.schemas import tool
 from autotool_fast.tasks.record import Task
 
 VERSIONS = ("2026.3.23",)
-INSTALL = (
-    f"run: pip download --no-deps bfcl-eval=={VERSIONS[-1]} -d DIR && unzip -q DIR/bfcl_eval-*.whl -d DIR, "
-    "then pass --bfcl DIR"
-)
 NON_LIVE = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple")
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
@@ -48,8 +47,17 @@ GROUPS = {
 NO_FUNCTION = "None of the functions fits."
 
 
-def locate(folder: Path | None) -> tuple[Path, str]:
-    """The folder that holds the package, and its version.
+def install(option: str) -> str:
+    """How to get the package, for people who would name its folder with `option`."""
+    version = VERSIONS[-1]
+    return (
+        f"run: pip download --no-deps bfcl-eval=={version} -d DIR && unzip -q DIR/bfcl_eval-*.whl -d DIR, "
+        f"then pass {option} DIR"
+    )
+
+
+def locate(folder: Path | None, option: str = "--bfcl") -> tuple[Path, str]:
+    """The folder that holds the package, and its version. `option` is the one that names the folder, for messages.
 
     Raises:
         UserError: it is not there, or of another version.
@@ -57,16 +65,16 @@ def locate(folder: Path | None) -> tuple[Path, str]:
     if folder is None:
         spec = importlib.util.find_spec("bfcl_eval")
         if spec is None or not spec.submodule_search_locations:
-            raise UserError("the package bfcl-eval is not installed", where="--bfcl", remedy=INSTALL)
+            raise UserError("the package bfcl-eval is not installed", where=option, remedy=install(option))
         folder = Path(next(iter(spec.submodule_search_locations))).parent
     root = folder.parent if folder.name == "bfcl_eval" else folder
     if not (root / "bfcl_eval" / "data").is_dir():
         problem = "holds no folder bfcl_eval with data" if root.is_dir() else "no such folder"
-        raise UserError(problem, where=f"--bfcl {folder}", remedy=INSTALL)
+        raise UserError(problem, where=f"{option} {folder}", remedy=install(option))
     found = sorted(path.name for path in root.glob("bfcl_eval-*.dist-info"))
     version = found[-1].removeprefix("bfcl_eval-").removesuffix(".dist-info") if found else "unknown"
     if version not in VERSIONS:
-        raise UserError(f"bfcl-eval is of version {version}", where=f"--bfcl {folder}", remedy=INSTALL)
+        raise UserError(f"bfcl-eval is of version {version}", where=f"{option} {folder}", remedy=install(option))
     return root, version
 
 
@@ -77,17 +85,24 @@ class Bfcl:
         folder: an unzipped wheel; None looks for an installed package.
         categories: out of `CATEGORIES` or `GROUPS`; empty means all.
         deadline_s: seconds one call of a simulator may take.
+        option: the one that names the folder, for messages.
     """
 
     name = "bfcl"
     quiet = frozenset({"irrelevance", "live_irrelevance"})
 
     def __init__(
-        self, folder: Path | None = None, categories: Sequence[str] = (), *, deadline_s: float = DEADLINE_S
+        self,
+        folder: Path | None = None,
+        categories: Sequence[str] = (),
+        *,
+        deadline_s: float = DEADLINE_S,
+        option: str = "--bfcl",
     ) -> None:
         self.categories = expand(categories, CATEGORIES, GROUPS)
-        root, self.version = locate(folder)
-        self.host = WorkerHost("bfcl_service", root, deadline_s=deadline_s, where="--bfcl", remedy=INSTALL)
+        root, self.version = locate(folder, option)
+        self._option = option
+        self.host = WorkerHost("bfcl_service", root, deadline_s=deadline_s, where=option, remedy=install(option))
 
     def config(self) -> dict[str, Any]:
         """Version and categories."""
@@ -100,7 +115,8 @@ class Bfcl:
             try:
                 items = self.host.call("entries", category=category)
             except WorkerError as error:
-                raise UserError(f"the data of {category} cannot be read ({error})", where="--bfcl") from None
+                problem = f"the data of {category} cannot be read ({error})"
+                raise UserError(problem, where=self._option) from None
             result += [self._task(category, item) for item in items[:limit]]
         return result
 
@@ -216,7 +232,11 @@ class MultiTurn:
     """Several user turns on simulators, each of as many replies as the policy takes, with BFCL's cap.
 
     The simulators live in a process that starts with the first call and ends with the episode, or when the episode is
-    forgotten. A call that passes its deadline ends the process: that call and all later ones answer with an error.
+    forgotten. A call that passes its deadline or crashes them ends the process: that call and all later ones answer
+    with an error.
+
+    Attributes:
+        lost: why the process is gone ("call_deadline" or "simulator_crashed"), or None.
     """
 
     def __init__(self, task: Task, host: WorkerHost) -> None:
@@ -232,7 +252,8 @@ class MultiTurn:
         self._results: list[list[str]] = [[]]
         self._over: str | None = None
         self._session: Session | None = None
-        self._lost = False  # a call passed its deadline
+        self.lost: str | None = None
+        self._well_formed = True
         self._verdict: Verdict | None = None
 
     def step(self, reply: ParsedReply) -> list[dict] | None:
@@ -245,6 +266,15 @@ class MultiTurn:
                 self._over = "step_limit"
                 return None
             return [{"role": "tool", "content": text} for text in texts]
+        return self._end_turn()
+
+    def malformed(self, reply: ParsedReply) -> list[dict] | None:
+        """What BFCL makes of a reply it cannot decode: nothing runs, and the user's turn is over."""
+        self._well_formed = False
+        self._results[-1].append("")  # calls that stand beside the broken one are not made
+        return self._end_turn()
+
+    def _end_turn(self) -> list[dict] | None:
         if len(self._turns) == len(self._questions):
             self._over = "finished"
             return None
@@ -263,8 +293,9 @@ class MultiTurn:
         return [{"role": "user", "content": prompt}]
 
     def _execute(self, calls: Sequence[ToolCall]) -> list[str]:
-        if self._lost:
+        if self.lost is not None:
             return ["Error during execution: the environment has stopped"] * len(calls)
+        began = time.monotonic()
         try:
             if self._session is None:
                 self._session = self._host.open()
@@ -272,9 +303,12 @@ class MultiTurn:
                 self._finalizer = weakref.finalize(self, self._session.close)
                 self._session.call("start", entry=self._entry, known=self._known)
             return self._session.call("execute", calls=_pairs(calls))
-        except WorkerDied:
-            self._lost = True
-            return ["Error during execution: the call took too long"] * len(calls)
+        except (WorkerDied, WorkerError):
+            late = time.monotonic() - began >= self._host.deadline_s
+            self.lost = "call_deadline" if late else "simulator_crashed"
+            self.close()
+            words = "the call took too long" if late else "the environment has crashed"
+            return [f"Error during execution: {words}"] * len(calls)
 
     @property
     def _known(self) -> list[str]:
@@ -298,8 +332,8 @@ class MultiTurn:
         return self._verdict
 
     def _judge(self) -> Verdict:
-        if self._over == "step_limit" or self._lost:
-            return Verdict(False, False, "call_deadline" if self._lost else "step_limit")
+        if self._over == "step_limit" or self.lost is not None:
+            return Verdict(False, False, self.lost or "step_limit")
         missing = len(self._questions) - len(self._turns)
         turns = [[_pairs(step) for step in turn] for turn in self._turns] + [[]] * missing
         session = self._host.open()
@@ -311,7 +345,8 @@ class MultiTurn:
             return Verdict(False, False, "checker_failed", {"error": str(error)})
         finally:
             session.close()
-        return _verdict(answer["valid"], answer["quiet"] and self._over == "finished", answer)
+        strict = answer["quiet"] and self._over == "finished" and self._well_formed
+        return _verdict(answer["valid"], strict, answer)
 
     def record(self) -> dict[str, Any]:
         """The result as BFCL's files hold it: a list of steps for each turn; turns not reached are empty."""

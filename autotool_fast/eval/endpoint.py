@@ -234,11 +234,18 @@ def read_message(
     details = usage.get("completion_tokens_details") or {}
     return Reply(
         parsed=parsed,
-        text=render_reply(parsed.think, calls, parsed.text) if not parsed.errors else json.dumps(dict(message)),
+        text=_as_written(message) if parsed.errors else render_reply(parsed.think, calls, parsed.text),
         prompt_tokens=usage.get("prompt_tokens"),
         output_tokens=usage.get("completion_tokens"),
         think_tokens=details.get("reasoning_tokens", None if parsed.think else 0),
     )
+
+
+def _as_written(message: Mapping[str, Any]) -> str:
+    """A malformed message as the text a model would have written: content, then its calls as they came."""
+    functions = [call.get("function") or {} for call in message.get("tool_calls") or []]
+    calls = [f"<tool_call>\n{f.get('name')} {f.get('arguments')}\n</tool_call>" for f in functions]
+    return "\n".join(filter(None, [message.get("content"), *calls]))
 
 
 def _read_content(content: str, thought: str | None) -> ParsedReply:

@@ -128,6 +128,8 @@ class LocalEngine:
             mode=mode,
             temperature=self.settings.temperature,
             limits=self._limits,
+            malformed_ends=False,
+            close=False,  # the harness does, when it has judged
         )
         seconds = (time.perf_counter() - began) / max(len(fitting), 1)
         played = {t.task.id: self._played(t, episodes[t.task.id], seconds) for t in trajectories}

@@ -1,7 +1,8 @@
 """Benchmark code in processes of its own: the parent's side of `worker`.
 
 A `WorkerHost` is one server process per (service, folder), started on first use with an environment that holds no
-secrets; `open` gives a `Session`, a fresh process forked from it. Sessions end when they are closed or forgotten.
+secrets; `open` gives a `Session`, a fresh process forked from it. A session ends when it is closed or forgotten, in the
+middle of a request at its deadline; closing the host ends them all at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import array
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -103,14 +105,21 @@ class WorkerHost:
         return self._facts
 
     def open(self) -> Session:
-        """A fresh process."""
+        """A fresh process. A server that has died is started anew, without the sessions it left."""
         ours, theirs = socket.socketpair()
-        with self._lock:
+        with self._lock, theirs:
             self._start()
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
-            self._control.sendmsg([b"+"], rights)
-        theirs.close()
+            try:
+                self._request_session(theirs)
+            except OSError:
+                self._stop()
+                self._start()
+                self._request_session(theirs)
         return Session(ours, self.deadline_s)
+
+    def _request_session(self, end: socket.socket) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [end.fileno()]))]
+        self._control.sendmsg([b"+"], rights)
 
     def call(self, op: str, **args: Any) -> Any:
         """One operation that keeps no state, on a session kept for such calls; see `Session.call`."""
@@ -123,7 +132,10 @@ class WorkerHost:
             raise
 
     def close(self) -> None:
-        """End the server and, with it, sessions still idle."""
+        """End the server and every session."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self._shared is not None:
             self._shared.close()
         if self._control is not None:
@@ -145,6 +157,7 @@ class WorkerHost:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # its sessions are in its process group, and no signal of a terminal is
         )
         theirs.close()
         self._finalizer = weakref.finalize(self, _stop, control, process, scratch)
@@ -157,8 +170,7 @@ class WorkerHost:
             line = json.dumps({"error": str(error)})
         greeting = json.loads(line) if line else {"error": "its process ended while it was loading"}
         if "error" in greeting:
-            self._finalizer()
-            self._control = None
+            self._stop()
             missing = greeting.get("missing")
             remedy = f"pip install {missing}" if missing and not missing.startswith("bfcl_eval") else self._remedy
             raise UserError(f"cannot be loaded ({greeting['error']})", where=self._where, remedy=remedy)
@@ -167,9 +179,7 @@ class WorkerHost:
 
 def _stop(control: socket.socket, process: subprocess.Popen, scratch: str) -> None:
     control.close()
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # not yet waited for, so the number is still its own
+    process.wait()
     shutil.rmtree(scratch, ignore_errors=True)

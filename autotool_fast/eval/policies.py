@@ -56,11 +56,16 @@ class Stepwise(ABC):
     @staticmethod
     def _serve(episode: Any, messages: list[dict], reply: Reply) -> str | None:
         if reply.parsed.errors:
-            return "malformed"
-        following = episode.step(reply.parsed)
+            serve = getattr(episode, "malformed", None)
+            if serve is None:
+                return "malformed"
+            said = call_message(reply.text, ())  # as it was written
+        else:
+            serve, said = episode.step, call_message(reply.parsed.text, reply.parsed.calls)
+        following = serve(reply.parsed)
         if following is None:
             return "finished"
-        messages += [call_message(reply.parsed.text, reply.parsed.calls), *following]
+        messages += [said, *following]
         return None
 
 

@@ -3,8 +3,9 @@
 A benchmark makes tasks (`tasks.record.Task`, family = category); a task starts an `EvalEpisode`, which any rollout
 driver can play; a policy plays tasks and gives back one `Played` each; the verdict is the benchmark's own.
 
-A malformed reply ends an episode for every policy. What was done up to there is judged as the benchmark judges it (no
-call was made), and the row says that the reply was malformed.
+A malformed reply ends an episode for every policy, unless the episode has `malformed(reply)`, which says as `step` does
+what follows. What was done is judged as the benchmark judges it (a malformed reply made no call), and the row says
+that a reply was malformed.
 """
 
 from __future__ import annotations

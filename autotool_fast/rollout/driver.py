@@ -2,17 +2,19 @@
 
 Each sample is an episode: sample a turn, parse it, let the task execute it, append the messages it gives
 back, and so on until the task is over or a budget is. Episodes run side by side in the slot engine; those
-whose turn ended are served between two decoding steps while the rest go on. A cut or malformed turn never
-executes. Sampled tokens are decoded for the parser only: ids are append-only. Rewards and batching for
-training are elsewhere.
+whose turn ended are served between two decoding steps while the rest go on; the time that takes counts against
+their own deadline only. A cut or malformed turn never executes. An episode is closed when it is over, however it
+ended, and all of them are when the rollout is left by an exception. Sampled tokens are decoded for the parser only:
+ids are append-only. Rewards and batching for training are elsewhere.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -21,7 +23,9 @@ from autotool_fast.errors import UserError
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.rollout.records import StopReason, Trajectory
 from autotool_fast.rollout.rng import row_seeds
-from autotool_fast.tasks.record import Episode, Task
+from autotool_fast.tasks.record import Episode, Task, close_episode
+
+T = TypeVar("T")
 
 
 class Chat(Protocol):
@@ -48,7 +52,8 @@ class RolloutLimits:
         max_new_tokens: sampled tokens.
         max_turn_tokens: sampled tokens of one reply.
         max_calls: tool calls.
-        deadline_s: seconds since the episode got a slot; None for no limit.
+        deadline_s: seconds since the episode got a slot, those spent in other episodes' tools left out; None for no
+            limit.
     """
 
     max_turns: int = 6
@@ -114,9 +119,17 @@ class _Driver:
     """One call of `rollout`."""
 
     def __init__(
-        self, engine: SlotEngine, chat: Chat, tasks: Sequence[Task], mode: str, limits: RolloutLimits
+        self,
+        engine: SlotEngine,
+        chat: Chat,
+        tasks: Sequence[Task],
+        mode: str,
+        limits: RolloutLimits,
+        malformed_ends: bool,
+        close: bool,
     ) -> None:
         self.engine, self.chat, self.tasks, self.limits = engine, chat, tasks, limits
+        self.malformed_ends, self.close = malformed_ends, close
         self.tag = [] if mode == "auto" else list(chat.encode_mode(mode))
         self.find_think = _ThinkFinder(chat)
         self.running: dict[int, _Sample] = {}
@@ -154,13 +167,15 @@ class _Driver:
             cut_by_turn = state.spans[-1][1] - state.spans[-1][0] >= limits.max_turn_tokens
             return self._close(key, StopReason.MAX_TURN_TOKENS if cut_by_turn else StopReason.MAX_TOKENS)
         if reply.length_class < 0:
-            return self._close(key, StopReason.MALFORMED)
-        if state.calls + len(reply.calls) > limits.max_calls:
-            return self._close(key, StopReason.MAX_CALLS)
-        state.calls += len(reply.calls)
-        began = time.perf_counter()
-        messages = state.episode.step(reply)
-        state.tool_seconds += time.perf_counter() - began
+            serve = None if self.malformed_ends else getattr(state.episode, "malformed", None)
+            if serve is None:
+                return self._close(key, StopReason.MALFORMED)
+        else:
+            serve = state.episode.step
+            if state.calls + len(reply.calls) > limits.max_calls:
+                return self._close(key, StopReason.MAX_CALLS)
+            state.calls += len(reply.calls)
+        messages = self._timed(key, state, lambda: serve(reply))
         if messages is None:
             return self._close(key, StopReason.FINISHED)
         if limits.deadline_s is not None and self.engine.age(key) > limits.deadline_s:
@@ -179,6 +194,20 @@ class _Driver:
         state.prompt_end += added
         state.forced += len(self.tag)
         return None
+
+    def _timed(self, key: int, state: _Sample, work: Callable[[], T]) -> T:
+        """Run an episode's own code; the other episodes are not charged for the time."""
+        began = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - began
+        state.tool_seconds += seconds
+        self.engine.excuse(key, seconds)
+        return result
+
+    def close_all(self) -> None:
+        """Close the episodes that are not over."""
+        for state in self.running.values():
+            close_episode(state.episode)
 
     def cut(self, key: int) -> None:
         """Close an episode whose time is up, in the middle of a turn."""
@@ -204,10 +233,11 @@ class _Driver:
         return reply
 
     def _close(self, key: int, reason: StopReason) -> None:
-        state, row = self.running.pop(key), self.engine.row(key)
-        began = time.perf_counter()
-        correct = reason is StopReason.FINISHED and bool(state.episode.score())
-        seconds = state.tool_seconds + time.perf_counter() - began
+        state, row = self.running[key], self.engine.row(key)
+        correct = reason is StopReason.FINISHED and bool(self._timed(key, state, state.episode.score))
+        del self.running[key]
+        if self.close:
+            close_episode(state.episode)
         lengths, sources = zip(*state.segments, strict=True)
         self.done[key] = Trajectory(
             task=self.tasks[state.group],
@@ -221,7 +251,7 @@ class _Driver:
             correct=correct,
             stop_reason=reason,
             turn_spans=tuple(state.spans),
-            tool_seconds=seconds,
+            tool_seconds=state.tool_seconds,
             n_forced_tokens=state.forced,
             think_spans=tuple(state.thinking),
         )
@@ -239,6 +269,8 @@ def rollout(
     mode: str = "auto",
     temperature: float = 1.0,
     limits: RolloutLimits | None = None,
+    malformed_ends: bool = True,
+    close: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Trajectory]:
     """Sample `group_size` episodes of each task.
@@ -252,6 +284,9 @@ def rollout(
         mode: "auto" lets the model write the mode tag; "think" and "no_think" put it before every turn.
         temperature: of the sampling distribution; 0 is greedy.
         limits: budgets of each episode.
+        malformed_ends: whether a malformed reply ends every episode; else one that has `malformed` says itself what
+            follows such a reply (a list of messages, or None when it is over).
+        close: whether an episode is closed once it is over; else that is left to whoever keeps it.
         on_progress: called with (episodes done, episodes in all) whenever the first number grows.
 
     Returns:
@@ -261,9 +296,11 @@ def rollout(
         UserError: when a prompt and the token budget do not fit into the engine's slots.
     """
     limits = limits or RolloutLimits()
-    driver = _Driver(engine, chat, tasks, mode, limits)
+    driver = _Driver(engine, chat, tasks, mode, limits, malformed_ends, close)
     total = len(tasks) * group_size
-    with engine.session(stop_ids=chat.stop_ids, temperature=temperature):
+    with ExitStack() as stack:
+        stack.enter_context(engine.session(stop_ids=chat.stop_ids, temperature=temperature))
+        stack.callback(driver.close_all)
         for group in range(len(tasks)):
             driver.submit(group, group_size, row_seeds(seed, step, group, np.arange(group_size)))
         reported = 0

@@ -194,8 +194,14 @@ class SlotEngine:
         return self.max_len - int(self._length[self._slot[key]])
 
     def age(self, key: int) -> float:
-        """Seconds since a row took its slot."""
+        """Seconds since a row took its slot, without excused ones."""
         return time.monotonic() - float(self._started[self._slot[key]])
+
+    def excuse(self, key: int, seconds: float) -> None:
+        """Leave out of the age of all rows but `key` the last `seconds`, in which only that one was served."""
+        others = self._key != _FREE
+        others[self._slot[key]] = False
+        self._started[others] += seconds
 
     def older_than(self, seconds: float) -> list[int]:
         """Keys of the rows that took their slot more than `seconds` ago and have sampled a token since."""

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Episode(Protocol):
-    """One attempt at a task."""
+    """One attempt at a task.
+
+    One that holds more than memory (a process, say) also has `close`, see `close_episode`.
+    """
 
     def step(self, reply: ParsedReply) -> list[dict] | None:
         """Execute a well-formed reply. Returns the messages to append, or None when the episode is over."""
@@ -51,3 +54,10 @@ class Task:
     def episode(self) -> Episode:
         """A fresh attempt."""
         return self.start(self)
+
+
+def close_episode(episode: Episode) -> None:
+    """Give back what an episode holds, if it has `close`; calling it again does nothing."""
+    close = getattr(episode, "close", None)
+    if close is not None:
+        close()

@@ -125,7 +125,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        remedy = "pip install pyarrow, or use the raw JSON files of the data set"
+        remedy = "pip install pyarrow (the extra data), or use the raw JSON files of the data set"
         raise UserError("parquet needs pyarrow, which is not installed", where=str(path), remedy=remedy) from None
     position = 0
     try:
