@@ -214,6 +214,27 @@ def test_weight_sum_is_added_to(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unrounded_gradients_are_in_float32(backend, dtype):
+    """Whether dW is asked for or not: the chunked step adds them up."""
+    module = reference_linear if backend == "torch" else pytest.importorskip("autotool_kernels.triton_linear")
+    hidden, weight, target, (g, h) = problem(40, 32, 200, dtype)
+    bias = torch.linspace(-1, 1, 200, device=DEVICE).to(dtype)
+    wanted = expected(hidden, weight, target, (g, h), bias)
+    head = reference.Head(bias=bias)
+    stats, store = module.linear_forward(hidden, weight, target, head)
+    for total in (None, torch.zeros(200, 32, device=DEVICE)):
+        dx, _, dbias = module.linear_backward(
+            g, h, hidden, weight, target, stats, store, head, True, total is not None, True, weight_sum=total,
+            rounded=False,
+        )  # fmt: skip
+        # Rounded, they would be wrong by 1e-3 (float16: 2e-4).
+        for actual, want in ((dx, wanted[2]), (dbias, wanted[4])):
+            assert actual.dtype == torch.float32
+            assert oracle.relative_error(actual, want) <= 2e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_keep_float32_statistics(backend, dtype):
     args = problem(40, 32, 200, dtype)
     logp, entropy, dx, dw = run(*args, backend=backend)
@@ -236,6 +257,18 @@ def test_temperature_per_row_scalar_and_tensor(backend):
         wanted = expected(hidden, weight, target, upstream, temperature=same)
         for a, w in zip(actual, wanted, strict=True):
             assert (a - w).abs().max() <= TOLERANCE * max(1.0, w.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperature_of_an_ignored_row_may_be_anything(backend, value):
+    hidden, weight, target, upstream = problem(6, 8, 50)
+    target[[0, 4]] = -100
+    temperature = torch.linspace(0.4, 2.0, 6, device=DEVICE)
+    wanted = run(hidden, weight, target, upstream, temperature=temperature.clone(), backend=backend)
+    temperature[[0, 4]] = value
+    actual = run(hidden, weight, target, upstream, temperature=temperature, backend=backend)
+    assert all(torch.equal(a, w) for a, w in zip(actual, wanted, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -312,8 +345,12 @@ def test_strided_inputs(backend):
     hidden, weight, target, upstream = problem(12, 10, 30)
     wide = torch.cat((hidden, hidden), 1)
     transposed = weight.T.contiguous().T
-    actual = run(wide[:, :10], transposed, target, upstream, backend=backend)
-    assert_close(actual, expected(hidden, weight, target, upstream))
+    bias = torch.linspace(-2, 2, 30, device=DEVICE)
+    every_other = torch.stack((bias, torch.full_like(bias, 77.0)), 1).flatten()[::2].requires_grad_()
+    inputs = [wide[:, :10].requires_grad_(), transposed.requires_grad_(), every_other]
+    out = linear_logp_entropy(*inputs[:2], target, bias=every_other, backend=backend)
+    actual = (*out, *oracle.gradients(out, inputs, upstream))
+    assert_close([t.detach() for t in actual], expected(hidden, weight, target, upstream, bias))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -372,6 +409,20 @@ def test_label_out_of_range_is_nan_without_host_synchronisation():
         ({"softcap": "30"}, TypeError, "softcap must be a number"),
         ({"store_bytes": -1}, ValueError, "store_bytes must be"),
         ({"store_bytes": 1e9}, ValueError, "store_bytes must be"),
+        ({"store_bytes": 2**63}, ValueError, "store_bytes must be"),
+        ({"store_bytes": True}, ValueError, "store_bytes must be"),
+        ({"hidden": [[1.0]]}, TypeError, "hidden must be a tensor: got list"),
+        ({"hidden": torch.zeros(5, 4).to_sparse()}, TypeError, "hidden must be a dense tensor"),
+        ({"hidden": torch.zeros(5, 4).to(torch.float8_e4m3fn)}, TypeError, "hidden must be floating point"),
+        ({"weight": None}, TypeError, "weight must be a tensor: got NoneType"),
+        ({"target": [0] * 5}, TypeError, "target must be a tensor: got list"),
+        ({"bias": [0.0] * 9}, TypeError, "bias must be a tensor: got list"),
+        ({"ignore_index": None}, ValueError, "ignore_index must be a 64-bit integer: got None"),
+        ({"ignore_index": 1.5}, ValueError, "ignore_index must be a 64-bit integer"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index must be a 64-bit integer"),
+        ({"temperature": True}, TypeError, "temperature must be a number"),
+        ({"temperature": torch.full((5,), float("inf"))}, ValueError, "temperature must be positive and finite"),
+        ({"backend": None}, ValueError, "backend must be one of"),
         ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, r"target must be \[5\]"),
         ({"target": torch.zeros(5)}, TypeError, "target must be int32 or int64"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive"),

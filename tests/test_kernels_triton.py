@@ -199,6 +199,32 @@ def test_bias_gradient_is_the_column_sum_over_live_rows(store_bytes):
     assert_close(dbias, wanted)
 
 
+@pytest.mark.parametrize(("size", "temperature"), [(100.0, 1.0), (-100.0, 1.0), (300.0, 1.0), (10.0, 0.1)])
+@pytest.mark.parametrize("store_bytes", [0, 4 * 150 * 10])
+def test_dead_rows_bring_nothing_in_when_the_bias_is_large(size, temperature, store_bytes):
+    """Their logits are the bias alone: e^100 is inf. Without ignored rows they are what fills the last tile."""
+    hidden, weight, target = problem(40, 8, 150)
+    upstream = gradients(40)
+    head = Head(bias=torch.full((150,), size, device=DEVICE), temperature=temperature)
+    for labels in (target, target.clone().index_fill_(0, torch.arange(0, 40, 3, device=DEVICE), -100)):
+        got = step((hidden, weight, labels), upstream, head, store_bytes, need_bias=True)[2]
+        leaves = [t.double().requires_grad_() for t in (hidden, weight, head.bias)]
+        out = oracle.linear(*leaves[:2], labels, bias=leaves[2], temperature=temperature)
+        for actual, wanted in zip(got, oracle.gradients(out, leaves, upstream), strict=True):
+            # Logits near 300 are float32 with a spacing of 3e-5, divided by the temperature.
+            assert (actual - wanted).abs().max() <= 2e-3 * max(1.0, wanted.abs().max().item())
+
+
+def test_nothing_of_the_weights_size_is_allocated_beside_a_running_sum():
+    # Taller than the floor of a slab of dL/dlogits: 4 rows of 1300 columns are less than 1300 x 16.
+    args, upstream = problem(4, 16, 1300), gradients(4)
+    stats, store = triton_linear.linear_forward(*args, Head())
+    total = torch.zeros(1300, 16, device=DEVICE)
+    with LargestTensor() as largest:
+        triton_linear.linear_backward(*upstream, *args, stats, store, Head(), weight_sum=total)
+    assert largest.numel < total.numel()
+
+
 def test_weight_gradient_is_added_to_a_running_sum():
     args, upstream = problem(40, 16, 200), gradients(40)
     total = torch.ones(200, 16, device=DEVICE)

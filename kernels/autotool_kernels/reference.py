@@ -152,11 +152,14 @@ def select_rows(target: Tensor, v: int, ignore_index: int, *grads: Tensor | None
 
 
 def row_scale(rows: Rows, temperature: float, row_temperature: Tensor | None) -> Tensor | float | None:
-    """Temperature as a column [n, 1], a number, or None for 1."""
+    """Temperature as a column [n, 1], a number, or None for 1; that of rows left out may be anything."""
     if row_temperature is not None:
-        if host_may_look(row_temperature) and not (row_temperature > 0).all():
-            raise ValueError(f"temperature must be positive: got {row_temperature.min().item()}")
-        return rows.take(row_temperature)[:, None]
+        t = rows.take(row_temperature)
+        if rows.dead is not None:
+            t = t.masked_fill(rows.dead, 1.0)
+        if host_may_look(t) and (bad := ~((t > 0) & (t < float("inf")))).any():
+            raise ValueError(f"temperature must be positive and finite: got {t[bad][0].item()}")
+        return t[:, None]
     return None if temperature == 1.0 else temperature
 
 

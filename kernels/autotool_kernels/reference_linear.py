@@ -87,8 +87,9 @@ def linear_backward(
     need_weight: bool = True,
     need_bias: bool = False,
     weight_sum: Tensor | None = None,  # [V, H] compute dtype: dW is added to it, and None returned in its place
+    rounded: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, dbias), each only if needed; with weight_sum dbias is not rounded either.
+    """(dX, dW, dbias), each only if needed; dX and dbias are in the compute dtype if not `rounded` to the inputs'.
 
     A label outside the vocabulary has no column here and adds no 1[j = y].
     """
@@ -140,10 +141,10 @@ def linear_backward(
         if dw is not None:
             dw[c] = w_sum
     if need_hidden:
-        dx = dx.to(hidden.dtype)
+        dx = dx.to(hidden.dtype) if rounded else dx
         if rows.index is not None:
             dx = torch.zeros(hidden.shape, dtype=dx.dtype, device=dx.device).index_copy_(0, rows.index, dx)
-    if need_bias and weight_sum is None:
+    if need_bias and rounded:
         dbias = dbias.to(head.bias.dtype)
     return dx, dw, dbias
 

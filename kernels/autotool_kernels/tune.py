@@ -261,14 +261,14 @@ def summary(times: Times, ranked: Sequence[Tile], default: Tile) -> dict[str, An
 def write(entries: Sequence[Entry], architecture: str, folder: Path) -> list[str]:
     """Merges entries into folder/<architecture>.json in one step; returns what was dropped, in words.
 
-    An entry replaces the one with its shape, tokens and kernel. Forward entries of the same shape whose bits would
-    differ from the new ones are dropped: a file must not hold both.
+    An entry replaces the one with its shape, bucket of tokens and kernel. Forward entries of the same shape whose
+    bits would differ from the new ones are dropped: a file must not hold both.
     """
     path = folder / f"{architecture}.json"
     kept, dropped = [], []
     for old in read(path) if path.exists() else ():
         rivals = [new for new in entries if new.kernel == old.kernel and same_shape(new, old)]
-        if any(new.tokens == old.tokens for new in rivals):
+        if any(configs.bucket(new.tokens) == configs.bucket(old.tokens) for new in rivals):
             continue
         if old.kernel == "forward" and any(
             configs.bits_key(architecture, new.config) != configs.bits_key(architecture, old.config) for new in rivals
@@ -348,6 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(f"this device is {current_architecture()}, not {args.architecture}")
     else:
         architecture = current_architecture()
+    buckets = [configs.bucket(n) for n in set(args.tokens)]
+    if len(set(buckets)) < len(buckets):
+        parser.error("--tokens: one number per power of two, because settings are picked by the next one")
     size = MODELS[args.model] if args.model else (args.hidden, args.vocab)
     shape, tokens = Shape(*size, getattr(torch, args.dtype)), sorted(set(args.tokens))
     inspect = compiled_inspector(shape, tokens[-1], architecture, args.workers)
