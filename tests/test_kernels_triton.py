@@ -166,13 +166,13 @@ def test_store_holds_scaled_logits_relative_to_group_maxima():
     low = (hidden.bfloat16(), weight.bfloat16(), target)  # multiples of 1/8 are exact
     for cols in (128, 256):
         _, store = triton_linear.linear_forward(*low, Head(temperature=0.7), 1 << 30, config=uniform(cols=cols))
-        assert store.logits.dtype == torch.bfloat16
+        assert store.logits.dtype == torch.float16
         for i, group in enumerate(z.split(128, 1)):
             assert (store.tile_max[: len(z), i] - group.amax(1)).abs().max() <= 1e-5
             relative = group - group.amax(1, keepdim=True)
-            # bfloat16 has 8 bits; the interpreter truncates where a GPU rounds.
+            # float16 has 11 bits.
             stored = store.logits[: len(z), 128 * i : 128 * (i + 1)]
-            assert ((stored - relative).abs() <= 2.0**-7 * relative.abs() + 1e-5).all()
+            assert ((stored - relative).abs() <= 2.0**-11 * relative.abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize("need", ["need_hidden", "need_weight", "need_bias"])
@@ -216,13 +216,22 @@ def test_dead_rows_bring_nothing_in_when_the_bias_is_large(size, temperature, st
 
 
 def test_nothing_of_the_weights_size_is_allocated_beside_a_running_sum():
-    # Taller than the floor of a slab of dL/dlogits: 4 rows of 1300 columns are less than 1300 x 16.
-    args, upstream = problem(4, 16, 1300), gradients(4)
+    args, upstream = problem(4, 16, 130), gradients(4)
     stats, store = triton_linear.linear_forward(*args, Head())
-    total = torch.zeros(1300, 16, device=DEVICE)
-    with LargestTensor() as largest:
-        triton_linear.linear_backward(*upstream, *args, stats, store, Head(), weight_sum=total)
-    assert largest.numel < total.numel()
+    made = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "empty" in str(func) or "zeros" in str(func):
+                made.append(tuple(out.shape))
+            return out
+
+    for total in (None, torch.zeros(130, 16, device=DEVICE)):
+        made.clear()
+        with Allocations():
+            triton_linear.linear_backward(*upstream, *args, stats, store, Head(), weight_sum=total)
+        assert ((130, 16) in made) == (total is None)
 
 
 def test_weight_gradient_is_added_to_a_running_sum():

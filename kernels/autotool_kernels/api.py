@@ -52,7 +52,7 @@ def linear_logp_entropy(
     The backward computes the logits again. `store_bytes` lets the forward keep those of the first rows, up to that
     many bytes, and saves their product: all N rows take N V 2 bytes (2.03 with the maxima) for bfloat16 and float16
     inputs, N V 4 for float32. Gradients are the same to rounding; for low-precision inputs a logit is then wrong by
-    at most 2^-8 of its distance to the largest of its 128 neighbours, so probable tokens are nearly exact. Nothing
+    at most 2^-11 of its distance to the largest of its 128 neighbours, so probable tokens are nearly exact. Nothing
     is kept when no gradient is wanted.
 
     Raises ValueError or TypeError naming the argument; a label outside 0..V-1 raises on a CPU, and gives a

@@ -73,7 +73,8 @@ def chunked_policy_step(
     Returns (loss [], logp [N], entropy [N]); the last two are detached, float32 (float64). The backward of the loss
     scales gradients that exist already, so it may be called again with retain_graph. They are summed and kept in
     float32 (for low-precision inputs twice the memory of hidden and weight, until the graph is freed) and rounded
-    once, after scaling: a loss scale or 1 / accumulation steps costs no precision. Under no_grad, or if nothing
+    once, after scaling, so 1 / accumulation steps costs no precision. (On a GPU dL/dlogits is rounded to the inputs'
+    dtype before: the loss scale that float16 needs belongs into loss_fn.) Under no_grad, or if nothing
     requires a gradient, only the statistics are computed.
     Other arguments and errors as in `linear_logp_entropy`.
     """

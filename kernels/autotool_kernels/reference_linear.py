@@ -96,6 +96,8 @@ def linear_backward(
     v = weight.shape[0]
     dtype = compute_dtype(hidden.dtype)
     keep = store.logits.shape[0]
+    # A difference past the range of float16 is stored as -inf.
+    guard = head.bias is not None or store.tile_max.numel() > 0
     rows = select_rows(target, v, head.ignore_index, grad_logp, grad_entropy, ordered=keep > 0)
     # A masked row's dz is 0, but 0 * NaN is not.
     x, t = _operand(rows, hidden, mask=True), row_scale(rows, head.temperature, head.row_temperature)
@@ -120,7 +122,7 @@ def linear_backward(
             else:
                 z = _logits(x[r], weight, head, t, r, c, dtype)
             slope = _softcap_slope(z, head, t, r)
-            dz = dlogits_(z, rows.target[r] - c.start, columns, r, guard=head.bias is not None)
+            dz = dlogits_(z, rows.target[r] - c.start, columns, r, guard=guard)
             if slope is not None:
                 dz.mul_(slope)
             if rows.dead is not None and r.start < stored:

@@ -337,6 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.model is None) == (args.hidden is None or args.vocab is None):
         parser.error("give --model, or --hidden and --vocab")
+    buckets = [configs.bucket(n) for n in set(args.tokens)]
+    if len(set(buckets)) < len(buckets):
+        parser.error("--tokens: one number per power of two, because a file holds one entry for each")
     if triton.knobs.runtime.interpret:
         return refuse("Triton's interpreter is on (TRITON_INTERPRET): kernels cannot be compiled")
     gpu = torch.cuda.is_available()
@@ -348,9 +351,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(f"this device is {current_architecture()}, not {args.architecture}")
     else:
         architecture = current_architecture()
-    buckets = [configs.bucket(n) for n in set(args.tokens)]
-    if len(set(buckets)) < len(buckets):
-        parser.error("--tokens: one number per power of two, because settings are picked by the next one")
     size = MODELS[args.model] if args.model else (args.hidden, args.vocab)
     shape, tokens = Shape(*size, getattr(torch, args.dtype)), sorted(set(args.tokens))
     inspect = compiled_inspector(shape, tokens[-1], architecture, args.workers)
