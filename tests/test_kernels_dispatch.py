@@ -62,5 +62,5 @@ def test_unknown_backend_lists_the_known_ones():
 
 def test_unknown_op_lists_the_known_ones():
     for backend in ("auto", "torch", "triton"):
-        with pytest.raises(ValueError, match="op must be one of linear_logp_entropy.*got 'matmul'"):
+        with pytest.raises(ValueError, match=r"op must be one of linear_logp_entropy.*got 'matmul'"):
             autotool_kernels.choose("matmul", "cpu", backend)

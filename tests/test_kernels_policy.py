@@ -75,8 +75,8 @@ def test_a_tensor_divides_as_the_number_does(backend, dtype):
     divisor = torch.tensor(7, dtype=dtype, device=DEVICE)
     out, grads = run(args, backend=backend, normalize=divisor, **OPTIONS)
     wanted, wanted_grads = run(args, backend=backend, normalize=7.0, **OPTIONS)
-    pairs = zip((*out.metrics.values(), out.loss, *grads), (*wanted.metrics.values(), wanted.loss, *wanted_grads))
-    for a, w in pairs:
+    found, expect = (*out.metrics.values(), out.loss, *grads), (*wanted.metrics.values(), wanted.loss, *wanted_grads)
+    for a, w in zip(found, expect, strict=True):
         torch.testing.assert_close(a, w, rtol=4 * 2.0**-24, atol=0)
 
 
