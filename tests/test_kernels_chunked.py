@@ -112,6 +112,21 @@ def test_the_loss_function_sees_its_part_of_the_batch():
     ]
 
 
+class Module(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logp, entropy):
+        return (self.factor * logp + entropy).sum()
+
+
+class ModuleWithChunk(Module):
+    def forward(self, logp, entropy, chunk):
+        assert isinstance(chunk, chunked.Chunk)
+        return super().forward(logp, entropy)
+
+
 def test_two_arguments_are_enough_and_defaults_stay_the_callers():
     (hidden, weight, _), target, _ = problem()
     losses = []
@@ -120,6 +135,8 @@ def test_two_arguments_are_enough_and_defaults_stay_the_callers():
         lambda logp, entropy, factor=2: (factor * logp + entropy).sum(),
         functools.partial(lambda factor, logp, entropy: (factor * logp + entropy).sum(), 2),
         lambda *statistics: (2 * statistics[0] + statistics[1]).sum(),
+        Module(2),
+        ModuleWithChunk(2),
     ):
         losses.append(chunked_policy_step(hidden, weight, target, BOUNDS, loss_fn, chunk_tokens=9).loss.item())
     assert len(set(losses)) == 1
@@ -175,6 +192,51 @@ def test_backward_scales_and_may_be_repeated():
         assert torch.allclose(t.grad, 4 * g, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scaled_loss_scales_before_anything_is_rounded(backend, dtype):
+    """1 + 2^-8 is 1 in bfloat16; 1 / 3 is off by 1e-3; what 2^-20 leaves of a gradient is little in float16."""
+    inputs, target, upstream = problem(dtype)
+    double = [t.detach().double().requires_grad_() for t in inputs]
+    wanted = oracle.gradients(oracle.linear(*double[:2], target, bias=double[2]), double, upstream)
+
+    def step(size):
+        def loss_fn(logp, entropy, chunk):
+            return size * linear_loss(upstream)(logp, entropy, chunk)
+
+        return chunked_policy_step(
+            *inputs[:2], target, BOUNDS, loss_fn, bias=inputs[2], chunk_tokens=9, backend=backend
+        ).loss
+
+    # Rounded once: 1.5e-3 in the root mean square for bfloat16, twice that where the interpreter truncates.
+    limit = (4e-3 if backend == "triton" else 2.2e-3) if dtype == torch.bfloat16 else 5e-4
+    # A GPU rounds dL/dlogits for its products, before the scale is known.
+    small = [(2.0**-20, 2.0**20)] if DEVICE == "cpu" else []
+    for size, scale in ((1.0, 1 + 2.0**-8), (1.0, 1 / 3), *small):
+        for actual, want in zip(torch.autograd.grad(step(size) * scale, inputs), wanted, strict=True):
+            assert actual.dtype == dtype
+            assert oracle.relative_error(actual, want * (size * scale)) <= limit
+    exact = torch.autograd.grad(step(1.0), inputs)
+    for actual, once in zip(torch.autograd.grad(step(1.0) * (1 + 2.0**-8), inputs), exact, strict=True):
+        # A factor that is rounded away moves nothing; here about half of all numbers move by their last bit.
+        assert (actual != once).float().mean() > 0.2
+
+
+def test_what_the_loss_function_writes_does_not_reach_the_gradients():
+    (hidden, weight, _), target, upstream = problem()
+    plain = linear_loss(upstream)
+
+    def scribbling(logp, entropy, chunk):
+        loss = plain(logp, entropy, chunk)
+        logp.data.zero_(), entropy.data.zero_()
+        return loss
+
+    steps = [chunked_policy_step(hidden, weight, target, BOUNDS, fn, chunk_tokens=9) for fn in (plain, scribbling)]
+    assert torch.equal(steps[0].logp, steps[1].logp)
+    for a, b in zip(*(torch.autograd.grad(step.loss, (hidden, weight)) for step in steps), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), ()])
 def test_only_what_requires_a_gradient_is_computed(needed, monkeypatch):
     inputs, target, upstream = problem()
@@ -222,15 +284,29 @@ def test_under_no_grad_and_inference_mode_only_statistics_are_computed():
         assert torch.equal(step.logp, wanted.logp)
 
 
-def test_under_autocast_and_checkpoint():
+def test_autocast_casts_the_head_and_gradients_keep_their_dtypes():
+    (hidden, weight, bias), target, upstream = problem()
+    low = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight, bias)]
+
+    def gradients(inputs):
+        step = chunked_policy_step(
+            *inputs[:2], target, BOUNDS, linear_loss(upstream), bias=inputs[2], chunk_tokens=9
+        )
+        return step.logp, *torch.autograd.grad(step.loss, inputs)
+
+    wanted = gradients(low)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        actual = gradients([low[0], weight, bias])  # as a model under autocast leaves them
+    assert [t.dtype for t in actual] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    for a, w in zip(actual, wanted, strict=True):
+        assert torch.equal(a, w.to(a.dtype))
+
+
+def test_under_checkpoint():
     (hidden, weight, _), target, upstream = problem()
 
     def step(x, w):
         return chunked_policy_step(x * 1, w, target, BOUNDS, linear_loss(upstream), chunk_tokens=9).loss
-
-    def autocast(x, w):
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            return step(x, w)
 
     def gradients(run):
         hidden.grad = weight.grad = None
@@ -239,7 +315,7 @@ def test_under_autocast_and_checkpoint():
 
     wanted = gradients(step)
     runs = [functools.partial(checkpoint, step, use_reentrant=reentrant) for reentrant in (False, True)]
-    for run in (autocast, *runs):
+    for run in runs:
         for a, w in zip(gradients(run), wanted, strict=True):
             assert torch.equal(a, w)
 
@@ -288,6 +364,13 @@ def test_a_loss_without_gradient_and_an_empty_batch():
         ({"cu_seqlens": [0, 9, 5, 23]}, ValueError, "cu_seqlens must rise"),
         ({"cu_seqlens": []}, ValueError, "cu_seqlens must rise"),
         ({"cu_seqlens": torch.tensor([0.0, 23.0])}, ValueError, "cu_seqlens must be int32 or int64"),
+        ({"cu_seqlens": [0, 3.7, 23]}, TypeError, "cu_seqlens must be a tensor or a list of integers"),
+        ({"cu_seqlens": None}, TypeError, "cu_seqlens must be a tensor or a list of integers"),
+        ({"cu_seqlens": torch.tensor([0, 23], device="meta")}, ValueError, "cu_seqlens must be on a device that holds"),
+        ({"loss_fn": 3}, TypeError, "loss_fn must be a function"),
+        ({"ignore_index": None}, ValueError, "ignore_index must be a 64-bit integer"),
+        ({"backend": None}, ValueError, "backend must be one of"),
+        ({"bias": [0.0]}, TypeError, "bias must be a tensor"),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be a positive number"),
         ({"chunk_tokens": 2.5}, ValueError, "chunk_tokens must be a positive number"),
         ({"loss_fn": lambda logp, entropy: logp}, ValueError, "loss_fn must return a scalar tensor"),

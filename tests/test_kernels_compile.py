@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import kernels_oracle as oracle
 import pytest
 import torch
 from autotool_kernels import linear_logp_entropy, logits_logp_entropy, policy_loss, sample_logp_entropy
@@ -158,12 +159,22 @@ def test_no_grad_and_inference_mode_give_the_same_numbers():
         assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("name", ["linear_logp_entropy", "logits_logp_entropy", "policy_loss"])
+@pytest.mark.parametrize("factor", [1.0, torch.tensor(2.0, requires_grad=True)])
+def test_a_second_derivative_is_refused_in_words(name, factor):
     hidden, weight, target = linear_args()
-    loss = linear_logp_entropy(hidden, weight, target).logp.sum()
-    (dx,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        dx.sum().backward()
+    logp, old, entropy, *rest = policy_args()
+    losses = {
+        "linear_logp_entropy": (lambda: linear_logp_entropy(hidden, weight, target).logp.sum(), hidden),
+        "logits_logp_entropy": (lambda: logits_logp_entropy(hidden @ weight.T, target).entropy.sum(), hidden),
+        "policy_loss": (lambda: policy_loss(logp, old, entropy, *rest).loss, logp),
+    }
+    loss, leaf = losses[name]
+    (plain,) = torch.autograd.grad(loss(), leaf)
+    (gradient,) = torch.autograd.grad(loss() * factor, leaf, create_graph=True)
+    assert torch.equal(gradient, plain * factor)
+    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+        gradient.square().sum().backward()
 
 
 def test_logits_and_sampling_compile_as_one_graph():
@@ -180,9 +191,58 @@ def test_logits_and_sampling_compile_as_one_graph():
             assert torch.equal(eager, traced)
 
 
-def test_autocast_does_not_reach_the_logits():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_casts_the_operands_and_never_the_logits(compiled):
+    """bfloat16 activations and float32 parameters, which is what a model under autocast leaves."""
+    hidden, weight, target = linear_args(40)
+    bias = torch.randn(9, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    low = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight, bias)]
+
+    def loss(x, w, b):
+        logp, entropy = linear_logp_entropy(x, w, target, bias=b)
+        return (logp + entropy.square()).sum(), logp
+
+    torch._dynamo.reset()
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    value, logp = loss(*low)
+    wanted = torch.autograd.grad(value, low)
+    exact = oracle.linear(low[0].double(), low[1].double(), target, bias=low[2].double())[0]
+    # Rounded to bfloat16, logits of size 4 would be wrong by 1e-2.
+    assert (logp - exact).abs().max() <= 3e-6
+    for x in (hidden, low[0]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value, mixed = run(x, weight, bias)
+        assert torch.equal(mixed, logp)
+        assert mixed.dtype == torch.float32
+        gradients = torch.autograd.grad(value, (x, weight, bias))
+        assert [g.dtype for g in gradients] == [x.dtype, torch.float32, torch.float32]
+        assert all(torch.equal(g, w.to(g.dtype)) for g, w in zip(gradients, wanted, strict=True))
+
+
+def test_autocast_leaves_float64_and_disabled_regions_alone():
     hidden, weight, target = linear_args(40, grad=False)
     plain = linear_logp_entropy(hidden, weight, target)
+    double = linear_logp_entropy(hidden.double(), weight.double(), target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = linear_logp_entropy(hidden, weight, target)
-    assert torch.equal(plain.logp, mixed.logp)
+        assert torch.equal(linear_logp_entropy(hidden.double(), weight.double(), target).logp, double.logp)
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(linear_logp_entropy(hidden, weight, target).logp, plain.logp)
+    with pytest.raises(TypeError, match="weight must have the dtype of hidden"):
+        linear_logp_entropy(hidden.bfloat16(), weight, target)
+
+
+def test_a_divisor_that_changes_every_step_compiles_once():
+    """A token count: as a number each value is a graph of its own, of which the compiler makes eight."""
+    logp, old, entropy, *rest = policy_args()
+    torch._dynamo.reset()
+    counted = Counted("aot_eager")
+
+    def loss(logp, divisor):
+        return policy_loss(logp, old, entropy, *rest, normalize=divisor).loss
+
+    compiled = torch.compile(loss, backend=counted, fullgraph=True)
+    for count in range(100, 112):
+        value = compiled(logp, torch.tensor(count))
+        assert torch.equal(value, loss(logp, torch.tensor(count)))
+        torch.testing.assert_close(value, loss(logp, float(count)))
+    assert counted.graphs == 1

@@ -86,6 +86,22 @@ def test_tuned_entries_replace_defaults_by_bucket(tuned):
         assert other.grad_hidden != low
 
 
+@pytest.mark.parametrize("made_for", [1, 700, 1000, 1024])
+def test_an_entry_serves_the_numbers_of_tokens_up_to_its_power_of_two(tuned, made_for):
+    ours, larger = (dataclasses.replace(TILE, group=g) for g in (3, 5))
+    tuned(entry("dlogits", tokens=made_for, config=ours), entry("dlogits", tokens=8192, config=larger))
+    most = max(64, 1 << (made_for - 1).bit_length())
+    for tokens in {made_for, most}:
+        assert select(tokens).dlogits == ours
+    assert select(most + 1).dlogits == larger
+
+
+def test_two_entries_for_the_same_numbers_of_tokens_are_refused(tuned):
+    tuned(entry(tokens=1000), entry(tokens=1024))
+    with pytest.raises(ValueError, match="entries 0 and 1 both serve forward up to 1024 tokens"):
+        select()
+
+
 def test_shipped_files_load():
     for path in configs.TUNED.glob("*.json"):
         assert configs.load(path.stem)
@@ -99,6 +115,8 @@ def test_shipped_files_load():
         ({"config": {**dataclasses.asdict(TILE), "depth": 8}}, "entry 1: depth must be in 16..256"),
         ({"config": {**dataclasses.asdict(TILE), "stages": 0}}, "entry 1: stages must be a positive integer"),
         ({"config": {**dataclasses.asdict(TILE), "specialize": True}}, "entry 1: specialize needs warps = 4"),
+        ({"tokens": 0}, "entry 1: tokens must be a positive integer"),
+        ({"tokens": "many"}, "entry 1: tokens must be a positive integer"),
         ({"kernel": "backward"}, "entry 1: kernel must be one of"),
         ({"source": "guessed"}, "entry 1: source must be"),
         ({"source": "measured"}, "entry 1: measured must hold"),

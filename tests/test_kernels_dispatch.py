@@ -58,3 +58,9 @@ def test_triton_refuses_float64():
 def test_unknown_backend_lists_the_known_ones():
     with pytest.raises(ValueError, match="auto, torch, triton, cuda: got 'tpu'"):
         autotool_kernels.choose("policy_loss", "cpu", "tpu")
+
+
+def test_unknown_op_lists_the_known_ones():
+    for backend in ("auto", "torch", "triton"):
+        with pytest.raises(ValueError, match=r"op must be one of linear_logp_entropy.*got 'matmul'"):
+            autotool_kernels.choose("matmul", "cpu", backend)

@@ -94,6 +94,38 @@ def test_what_cannot_be_overwritten_is_refused():
         logits_logp_entropy((leaf[:1] * 1).expand(3, 5), target, inplace_backward=True)
 
 
+@pytest.mark.parametrize(
+    "view", [lambda p: p.view(3, 5), lambda p: p[:, :], lambda p: p.t().t(), lambda p: p.detach().requires_grad_()[:]]
+)
+def test_a_view_of_a_parameter_is_refused(view):
+    """Its memory is the parameter's: the gradient would overwrite it."""
+    parameter = torch.zeros(3, 5, device=DEVICE, requires_grad=True)
+    target = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="logits must not be a view of a leaf"):
+        logits_logp_entropy(view(parameter), target, inplace_backward=True)
+    logits_logp_entropy(view(parameter).detach(), target, inplace_backward=True)  # nothing will be written
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (4, 1), (1, 2), (0, 1), (5, 0)])
+def test_rows_that_share_memory_are_refused(strides):
+    flat = torch.zeros(40, device=DEVICE, requires_grad=True) * 1
+    target = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="logits must not be expanded"):
+        logits_logp_entropy(flat.as_strided((3, 5), strides), target, inplace_backward=True)
+
+
+@pytest.mark.parametrize("strides", [(5, 1), (7, 1), (1, 3), (10, 2)])
+def test_rows_with_memory_of_their_own_are_served(strides):
+    flat = torch.linspace(-2, 2, 40, device=DEVICE)
+    target = torch.tensor([0, 3, 4], device=DEVICE)
+    wanted, actual = (
+        torch.autograd.grad(logits_logp_entropy(z, target, inplace_backward=inplace).entropy.sum(), z)[0]
+        for inplace in (False, True)
+        for z in [(flat.clone().requires_grad_() * 1).as_strided((3, 5), strides)]
+    )
+    assert torch.equal(wanted, actual)
+
+
 def test_memory_of_one_more_matrix_is_saved():
     """The dispatcher sees no output of the logits' size in the backward of the op."""
     hidden, weight, target, _ = problem()

@@ -236,3 +236,7 @@ def test_bad_shapes_are_refused():
         logits_logp_entropy(torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="logits must have two dimensions"):
         logits_logp_entropy(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="logits must be a dense tensor"):
+        logits_logp_entropy(torch.zeros(2, 3).to_sparse(), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="ignore_index must be a 64-bit integer: got None"):
+        logits_logp_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), ignore_index=None)

@@ -68,6 +68,40 @@ def test_matches_the_formula(backend, normalize, as_tensors):
         assert (a - w).abs().max() <= TOLERANCE * max(1.0, w.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_tensor_divides_as_the_number_does(backend, dtype):
+    args = batch()
+    divisor = torch.tensor(7, dtype=dtype, device=DEVICE)
+    out, grads = run(args, backend=backend, normalize=divisor, **OPTIONS)
+    wanted, wanted_grads = run(args, backend=backend, normalize=7.0, **OPTIONS)
+    found, expect = (*out.metrics.values(), out.loss, *grads), (*wanted.metrics.values(), wanted.loss, *wanted_grads)
+    for a, w in zip(found, expect, strict=True):
+        torch.testing.assert_close(a, w, rtol=4 * 2.0**-24, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_of_low_precision_log_probs_are_not_rounded(backend):
+    """0.2001 and 0.2 are the same number in bfloat16."""
+    args = one_sequence(0.2001)
+    args[:2] = [t.bfloat16() for t in args[:2]]
+    for target, gate in ((0.2, 0), (0.2002, 1)):
+        for given in (target, torch.tensor(target, device=DEVICE)):
+            out = policy_loss(*args, target_long=given, backend=backend)
+            assert out.metrics["gate_long"] == gate
+
+
+def test_the_factor_of_a_low_precision_gradient_is_not_rounded():
+    args = batch(torch.bfloat16)
+    logp, entropy = (args[i].clone().requires_grad_() for i in (0, 2))
+    loss = policy_loss(logp, args[1], entropy, *args[3:], **OPTIONS).loss
+    once = torch.autograd.grad(loss, (logp, entropy), retain_graph=True)
+    scaled = torch.autograd.grad(loss * (1 + 2.0**-8), (logp, entropy))  # the factor is 1 in bfloat16
+    for a, w in zip(scaled, once, strict=True):
+        assert torch.equal(a, (w.float() * (1 + 2.0**-8)).bfloat16())
+        assert not torch.equal(a, w)
+
+
 @pytest.mark.parametrize("normalize", ["tokens", "sequences", 7.0])
 def test_float64_inputs_are_served_in_float64(normalize):
     # Some 60 terms of order 1, rounded in another order: far below the 1e-9 that one float32 coefficient would cost.
@@ -331,6 +365,15 @@ def test_coefficients_are_detached():
     ("position", "value", "message"),
     [
         (0, torch.zeros(2, 2), "logp must be"),
+        (0, torch.zeros(4).long(), "logp must be floating point"),
+        (1, torch.zeros(4).long(), "old_logp must be floating point"),
+        (2, torch.zeros(4).long(), "entropy must be floating point"),
+        (4, None, "cu_seqlens must be a tensor: got NoneType"),
+        (4, torch.zeros(2, dtype=torch.int64, device="meta"), "cu_seqlens must be on cpu"),
+        (5, None, "mask must be a tensor: got NoneType"),
+        (5, torch.ones(4).to_sparse(), "mask must be a dense tensor"),
+        (6, torch.tensor([0.5]), "is_short must hold 1, 0 or -1: got 0.5"),
+        (6, torch.tensor([2]), "is_short must hold 1, 0 or -1: got 2"),
         (1, torch.zeros(3), "old_logp must have the shape of logp"),
         (2, torch.zeros(3), "entropy must have the shape of logp"),
         (3, torch.zeros(1, 1), "advantages must be a vector"),
@@ -346,7 +389,7 @@ def test_bad_tensors_are_named(position, value, message):
     zeros = torch.zeros(4)
     args = [zeros, zeros, zeros, torch.zeros(1), torch.tensor([0, 4]), torch.ones(4), torch.zeros(1)]
     args[position] = value
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
         policy_loss(*args, backend="torch")
     assert "\n" not in str(caught.value)
 
@@ -356,10 +399,30 @@ def test_bad_tensors_are_named(position, value, message):
     [
         ({"normalize": "batch"}, "normalize must be"),
         ({"normalize": 0}, "normalize must be"),
+        ({"normalize": float("inf")}, "normalize must be"),
+        ({"normalize": True}, "normalize must be"),
+        ({"normalize": torch.ones(1)}, "normalize must be a number or a 0-d tensor"),
+        ({"target_long": torch.tensor([0.2])}, "target_long must be a number or a 0-d tensor"),
+        ({"target_long": torch.tensor(0.2, device="meta")}, "target_long must be on"),
+        ({"target_long": float("nan")}, "target_long must not be nan"),
+        ({"target_short": "a"}, "target_short must be a number or a 0-d tensor: got str"),
+        ({"beta_long": float("inf")}, "beta_long must not be inf"),
+        ({"beta_short": None}, "beta_short must be a number or a 0-d tensor"),
+        ({"backend": None}, "backend must be one of"),
+        ({"clip_low": "a"}, "clip_low must be a number: got str"),
+        ({"clip_high": torch.tensor(0.2)}, "clip_high must be a number: got Tensor"),
         ({"clip_low": -0.1}, "clip_low must not be negative"),
         ({"clip_high": float("nan")}, "clip_high must not be negative"),
     ],
 )
 def test_bad_options_are_named(option, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
         policy_loss(*one_sequence(0.1), **option)
+    assert "\n" not in str(caught.value)
+
+
+def test_thousands_of_wrong_bounds_are_not_printed():
+    tokens, sequences = torch.zeros(5000), torch.zeros(4999)
+    with pytest.raises(ValueError, match="cu_seqlens must rise") as caught:
+        policy_loss(tokens, tokens, tokens, sequences, torch.arange(5000), tokens, sequences, backend="torch")
+    assert len(str(caught.value)) < 120

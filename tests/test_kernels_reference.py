@@ -37,6 +37,15 @@ def test_devices_that_must_not_stop_the_host_mask_instead(blind, monkeypatch, ro
     assert_close(actual[3:], wanted[3:])
 
 
+def test_temperature_of_a_masked_row_reaches_no_gradient(blind):
+    hidden, weight, target, upstream = problem(9, 8, 150)
+    target[::3] = -100
+    temperature = torch.ones(9, device=DEVICE)
+    wanted = expected(hidden, weight, target, upstream)
+    temperature[::3] = 0
+    assert_close(run(hidden, weight, target, upstream, temperature=temperature, backend="torch"), wanted)
+
+
 def test_a_label_out_of_range_is_nan_where_the_host_must_not_look(blind):
     hidden, weight, target, _ = problem(20, 8, 50)
     target[1], target[2] = 50, -3

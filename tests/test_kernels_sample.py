@@ -228,6 +228,11 @@ def test_strided_logits_seeds_and_offsets(backend):
     [
         ({"logits": torch.zeros(3)}, "logits must be floating-point"),
         ({"logits": torch.zeros(3, 0)}, "logits must be floating-point"),
+        ({"logits": torch.zeros(3, 5).to_sparse()}, "logits must be a dense tensor"),
+        ({"logits": [[1.0]]}, "logits must be a tensor: got list"),
+        ({"seed": 1}, "seed must be a tensor: got int"),
+        ({"temperature": "cold"}, "temperature must be a number or a tensor"),
+        ({"backend": None}, "backend must be one of"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed must be int64"),
         ({"offset": torch.zeros(3, dtype=torch.int32)}, "offset must be int64"),
         ({"temperature": -1.0}, "temperature must be positive or 0"),
@@ -237,5 +242,5 @@ def test_strided_logits_seeds_and_offsets(backend):
 def test_bad_arguments_are_named(change, message):
     zeros = torch.zeros(3, dtype=torch.int64)
     args = {"logits": torch.zeros(3, 4), "seed": zeros, "offset": zeros, **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sample_logp_entropy(args.pop("logits"), **args)

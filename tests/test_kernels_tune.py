@@ -185,6 +185,19 @@ def test_writing_merges_and_replaces(folder):
     assert [p.name for p in folder.iterdir()] == [f"{ARCHITECTURE}.json"]
 
 
+def test_an_entry_replaces_the_one_that_serves_the_same_tokens(folder):
+    tune.write([entry(tokens=1000), entry(tokens=8192)], ARCHITECTURE, folder)
+    tune.write([entry(tokens=1024)], ARCHITECTURE, folder)
+    assert [e.tokens for e in configs.load(ARCHITECTURE)] == [1024, 8192]
+
+
+def test_numbers_of_tokens_that_share_an_entry_are_refused_before_measuring(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tune.main(["--model", "qwen2.5-7b", "--tokens", "600", "1000", "8192"])
+    assert stop.value.code == 2
+    assert "--tokens: one number per power of two" in capsys.readouterr().err
+
+
 def test_entries_with_other_bits_are_dropped_and_named(folder):
     tune.write([entry(tokens=8192, tile=WIDE), entry(tokens=8192, tile=WIDE, hidden=48)], ARCHITECTURE, folder)
     (dropped,) = tune.write([entry(tile=SMALL)], ARCHITECTURE, folder)

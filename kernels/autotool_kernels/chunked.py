@@ -12,6 +12,7 @@ around it is split in two there (an error under fullgraph=True), and `loss_fn` m
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,8 +20,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .api import check_head, check_linear, scaling
-from .dispatch import implementation
+from .arguments import check_index, head_options, linear_inputs, scaling
+from .dispatch import check_backend, implementation
 from .reference import Head, compute_dtype, store_row_bytes
 from .results import ChunkedStep
 
@@ -70,8 +71,11 @@ def chunked_policy_step(
                                mask[chunk.tokens], is_short[chunk.sequences], normalize=trained_tokens).loss
 
     Returns (loss [], logp [N], entropy [N]); the last two are detached, float32 (float64). The backward of the loss
-    scales gradients that exist already, so it may be called again with retain_graph. dW is summed in float32 over
-    chunks and rounded once. Under no_grad, or if nothing requires a gradient, only the statistics are computed.
+    scales gradients that exist already, so it may be called again with retain_graph. They are summed and kept in
+    float32 (for low-precision inputs twice the memory of hidden and weight, until the graph is freed) and rounded
+    once, after scaling, so 1 / accumulation steps costs no precision. (On a GPU dL/dlogits is rounded to the inputs'
+    dtype before: the loss scale that float16 needs belongs into loss_fn.) Under no_grad, or if nothing
+    requires a gradient, only the statistics are computed.
     Other arguments and errors as in `linear_logp_entropy`.
     """
     # Traced, the loop over chunks and tiles would be unrolled into one graph per shape of the batch.
@@ -86,11 +90,15 @@ def _step(
     hidden, weight, target, cu_seqlens, loss_fn, bias, temperature, logit_scale, softcap, ignore_index,
     chunk_tokens, backend,
 ) -> ChunkedStep:  # fmt: skip
-    check_linear(hidden, weight, target, bias)
+    hidden, weight, bias = linear_inputs(hidden, weight, target, bias)
+    check_index(ignore_index)
+    check_backend(backend)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (logp, entropy): got {type(loss_fn).__name__}")
     scale, row_temperature = scaling(temperature, hidden)
-    head = Head(bias, scale, row_temperature, logit_scale, check_head(logit_scale, softcap), ignore_index)
+    head = Head(bias, scale, row_temperature, logit_scale, head_options(logit_scale, softcap), ignore_index)
     bounds = _bounds(cu_seqlens, hidden.shape[0])
-    if chunk_tokens is not None and (not isinstance(chunk_tokens, int) or chunk_tokens < 1):
+    if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
         raise ValueError(f"chunk_tokens must be a positive number of tokens: got {chunk_tokens!r}")
     row_bytes = store_row_bytes(weight.shape[0], hidden.dtype)
     if chunk_tokens is None:
@@ -139,7 +147,7 @@ class _Run:
         dtype = compute_dtype(hidden.dtype)
         new = {"dtype": dtype, "device": hidden.device}
         self.logp, self.entropy = (torch.zeros(hidden.shape[0], **new) for _ in range(2))
-        self.dx = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
+        self.dx = torch.zeros(hidden.shape, **new) if needs[0] else None
         self.dw = torch.zeros(weight.shape, **new) if needs[1] else None
         self.dbias = torch.zeros(weight.shape[0], **new) if needs[2] else None
 
@@ -154,7 +162,8 @@ class _Run:
         with torch.no_grad(), torch.autocast(device, enabled=False):
             stats, store = self.forward(hidden, self.weight, target, head, self.store_bytes)
             self.logp[tokens], self.entropy[tokens] = stats.logp, stats.entropy
-        leaves = [t.detach().requires_grad_(any(self.needs)) for t in (stats.logp, stats.entropy)]
+        # Copies: the backward needs the statistics, whatever loss_fn writes into what it is given.
+        leaves = [t.clone().requires_grad_(any(self.needs)) for t in (stats.logp, stats.entropy)]
         with torch.set_grad_enabled(any(self.needs)):
             loss = loss_fn(*leaves, chunk) if takes_chunk else loss_fn(*leaves)
         if not isinstance(loss, Tensor) or loss.ndim:
@@ -164,47 +173,57 @@ class _Run:
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 dx, _, dbias = self.backward(
-                    *grads, hidden, self.weight, target, stats, store, head, *self.needs, weight_sum=self.dw
-                )
+                    *grads, hidden, self.weight, target, stats, store, head, *self.needs, weight_sum=self.dw,
+                    rounded=False,
+                )  # fmt: skip
                 if dx is not None:
                     self.dx[tokens] = dx
                 if dbias is not None:
                     self.dbias += dbias
         return loss.detach()
 
-    def gradients(self) -> list[Tensor | None]:
-        """dX, dW, dbias in the dtypes of their inputs; drops the float32 sum of dW."""
-        dw, self.dw = self.dw, None
-        return [g if g is None else g.to(self.hidden.dtype) for g in (self.dx, dw, self.dbias)]
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """dX, dW, dbias in the compute dtype."""
+        return self.dx, self.dw, self.dbias
 
 
 class _Scaled(torch.autograd.Function):
-    """A loss whose gradients to hidden, weight and bias are known."""
+    """A loss whose gradients to hidden, weight and bias are known, in the compute dtype."""
 
     @staticmethod
     def forward(ctx, loss, hidden, weight, bias, *gradients):
         ctx.save_for_backward(*gradients)
+        ctx.dtype = hidden.dtype
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        # Looking costs nothing on a CPU, and saves a second copy of dW in the usual loss.backward().
-        if grad.device.type == "cpu" and grad == 1:
-            scaled = ctx.saved_tensors
-        else:
-            scaled = [g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
-        return None, *scaled, None, None, None
+        return None, *(g if g is None else _scaled(g, grad, ctx.dtype) for g in ctx.saved_tensors), None, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, rounded once, to `dtype`."""
+    # Looking costs nothing on a CPU, and saves a second copy of dW in the usual loss.backward().
+    if factor.device.type == "cpu" and factor == 1:
+        return gradient.to(dtype)
+    # No product of the size of dW in float32 beside the result.
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _bounds(cu_seqlens: Tensor | Sequence[int], n: int) -> list[int]:
     if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.device.type == "meta":
+            raise ValueError("cu_seqlens must be on a device that holds its values: got meta")
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"cu_seqlens must be int32 or int64 [B + 1]: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
             )
         cu_seqlens = cu_seqlens.tolist()
-    bounds = [int(b) for b in cu_seqlens]
+    try:
+        bounds = [operator.index(b) for b in cu_seqlens]
+    except TypeError as error:
+        raise TypeError(f"cu_seqlens must be a tensor or a list of integers: {error}") from None
     rising = all(a <= b for a, b in pairwise(bounds))
     if not bounds or bounds[0] != 0 or bounds[-1] != n or not rising:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {n}: got {bounds[:3]}..{bounds[-1:]}")
@@ -213,7 +232,8 @@ def _bounds(cu_seqlens: Tensor | Sequence[int], n: int) -> list[int]:
 
 def _required_arguments(fn: Callable[..., Tensor]) -> int:
     try:
-        parameters = inspect.signature(fn).parameters.values()
+        # A module's own call takes anything.
+        parameters = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn).parameters.values()
     except ValueError:  # a builtin without a signature
         return 2
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -97,7 +97,12 @@ class LinearConfig:
 
 def select(architecture: str, hidden: int, vocab: int, tokens: int, dtype: torch.dtype) -> LinearConfig:
     """Settings for hidden [tokens, hidden], weight [vocab, hidden] of `dtype` on `architecture` ("sm_90")."""
-    return _select(architecture, hidden, vocab, _bucket(tokens), dtype)
+    return _select(architecture, hidden, vocab, bucket(tokens), dtype)
+
+
+def bucket(tokens: int) -> int:
+    """Numbers of tokens up to a power of two, 64 at least, share settings."""
+    return max(64, 1 << max(0, tokens - 1).bit_length())
 
 
 def bits_key(architecture: str, forward: Tile) -> tuple:
@@ -175,10 +180,6 @@ def _generation(architecture: str) -> int:
     return int(architecture.removeprefix("sm_")[:-1])
 
 
-def _bucket(tokens: int) -> int:
-    return max(64, 1 << max(0, tokens - 1).bit_length())
-
-
 @functools.lru_cache(maxsize=1024)
 def _select(architecture: str, hidden: int, vocab: int, tokens: int, dtype: torch.dtype) -> LinearConfig:
     config = defaults(architecture, hidden, vocab, tokens, dtype)
@@ -186,7 +187,7 @@ def _select(architecture: str, hidden: int, vocab: int, tokens: int, dtype: torc
     fitting = [e for e in load(architecture) if (e.hidden, e.vocab, e.dtype) == (hidden, vocab, name)]
     for kernel in KERNELS:
         entries = sorted((e for e in fitting if e.kernel == kernel), key=lambda e: e.tokens)
-        entry = next((e for e in entries if e.tokens >= tokens), entries[-1] if entries else None)
+        entry = next((e for e in entries if bucket(e.tokens) >= tokens), entries[-1] if entries else None)
         if entry is not None:
             try:
                 config = dataclasses.replace(config, **{kernel: entry.config})
@@ -203,7 +204,7 @@ class Entry:
     hidden: int
     vocab: int
     dtype: str
-    tokens: int  # largest number of tokens it was made for
+    tokens: int  # what it was made for; it serves the bucket that this falls into
     kernel: str
     config: Tile
     source: str  # "measured" or "compiled"
@@ -227,7 +228,12 @@ def _load(path: Path, _modified: int) -> tuple[Entry, ...]:
         raise ValueError(f"{path}: not a file of tuned settings: {error!r}") from error
     entries = tuple(_entry(path, i, item) for i, item in enumerate(raw))
     keys: dict[tuple, tuple[tuple, int]] = {}
+    places: dict[tuple, int] = {}
     for i, entry in enumerate(entries):
+        place = entry.hidden, entry.vocab, entry.dtype, entry.kernel, bucket(entry.tokens)
+        if places.setdefault(place, i) != i:
+            most = bucket(entry.tokens)
+            raise ValueError(f"{path}: entries {places[place]} and {i} both serve {entry.kernel} up to {most} tokens")
         if entry.kernel != "forward":
             continue
         shape = (entry.hidden, entry.vocab, entry.dtype)
@@ -242,6 +248,8 @@ def _entry(path: Path, index: int, item: dict) -> Entry:
     try:
         tile = Tile(**item["config"])
         entry = Entry(**{**item, "config": tile})
+        if type(entry.tokens) is not int or entry.tokens < 1:
+            raise ValueError(f"tokens must be a positive integer: got {entry.tokens!r}")
         if entry.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}: got {entry.kernel!r}")
         if entry.source not in ("measured", "compiled"):

@@ -1,8 +1,7 @@
 """Which backend serves a call, and why.
 
-Nothing falls back in silence: a backend asked for by name that cannot serve
-the call is an error that says the reason; "auto" picks by the rule in `choose`, which `choose` also puts
-into words.
+A backend asked for by name that cannot serve the call is an error that says the reason. "auto" picks by the rule in
+`choose` without a message; `choose` puts the pick and its reason into words.
 """
 
 from __future__ import annotations
@@ -66,17 +65,23 @@ def choose(op: str, device_type: str, backend: str = "auto", dtype: torch.dtype 
     "auto": the Triton kernels on CUDA tensors, PyTorch everywhere else. The CUDA C++ kernels serve only when
     asked for by name.
     """
+    if op not in _MODULES:
+        raise ValueError(f"op must be one of {', '.join(_MODULES)}: got {op!r}")
+    check_backend(backend)
     if backend == "auto":
         if device_type != "cuda":
             return Choice("torch", f"{device_type} tensors are served by PyTorch")
         reason = _why_not(op, device_type, "triton", dtype)
         return Choice("triton", "CUDA tensors") if reason is None else Choice("torch", f"Triton cannot: {reason}")
-    if backend not in NAMES:
-        raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}: got {backend!r}")
     reason = _why_not(op, device_type, backend, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve {op}: {reason}")
     return Choice(backend, "asked for by name")
+
+
+def check_backend(backend: str) -> None:
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}: got {backend!r}")
 
 
 @lru_cache(maxsize=256)

@@ -249,11 +249,32 @@ def _policy_gradient(ctx, grad_loss: Tensor | None, *_):
     grads = [None] * 14
     if grad_loss is not None:
         dlogp, dentropy = ctx.saved_tensors
+        # The factor is not rounded to a low precision: all gradients would share its error.
+        dtype = grad_loss.dtype
         if ctx.needs_input_grad[0]:
-            grads[0] = dlogp * grad_loss.to(dlogp.dtype)
+            grads[0] = (dlogp.to(dtype) * grad_loss).to(dlogp.dtype)
         if ctx.needs_input_grad[2]:
-            grads[2] = dentropy * grad_loss.to(dentropy.dtype)
+            grads[2] = (dentropy.to(dtype) * grad_loss).to(dentropy.dtype)
     return tuple(grads)
+
+
+def _first_order(name: str, gradient):
+    """`gradient`, whose results raise when they are differentiated themselves."""
+    message = f"{name} has no second derivative"
+
+    @functools.wraps(gradient)
+    def run(ctx, *upstream):
+        with torch.no_grad():
+            found = gradient(ctx, *upstream)
+        if not torch.is_grad_enabled():  # nobody asked for a graph of the gradients
+            return found
+        made = [i for i, g in enumerate(found) if g is not None]
+        refuse = torch._C._functions.DelayedError(message.encode(), len(made))
+        guarded = refuse(*(found[i].detach().requires_grad_() for i in made))
+        guarded = dict(zip(made, guarded if isinstance(guarded, tuple) else (guarded,), strict=True))
+        return tuple(guarded.get(i) for i in range(len(found)))
+
+    return run
 
 
 for _name, _gradient, _save in (
@@ -261,4 +282,6 @@ for _name, _gradient, _save in (
     ("logits_logp_entropy", _logits_gradient, _save_logits),
     ("policy_loss", _policy_gradient, _save_policy),
 ):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradient, setup_context=_save, lib=_lib)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{_name}", _first_order(_name, _gradient), setup_context=_save, lib=_lib
+    )

@@ -59,8 +59,12 @@ def policy_forward(
 ) -> PolicyParts:
     n_seq, n_tok = advantages.shape[0], logp.shape[0]
     dtype = torch.promote_types(logp.dtype, torch.float32)
-    if logp.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tok or (cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({n_tok}): got {cu_seqlens.tolist()}")
+    if logp.device.type == "cpu":
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tok or (cu_seqlens.diff() < 0).any():
+            got = f"{cu_seqlens[:3].tolist()}..{cu_seqlens[-1:].tolist()}"
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({n_tok}): got {got}")
+        if (known := (is_short == 0) | (is_short == 1) | (is_short == -1)).logical_not().any():
+            raise ValueError(f"is_short must hold 1, 0 or -1: got {is_short[~known][0].item()}")
     lengths = cu_seqlens.diff()
     segment = torch.repeat_interleave(lengths, output_size=n_tok)
     offsets = cu_seqlens.long()

@@ -46,11 +46,12 @@ class Head(NamedTuple):
 class Store(NamedTuple):
     """Logits kept for the backward: row r is the r-th live row of the batch (target is not ignore_index).
 
-    Low-precision inputs keep bfloat16 differences to the maximum of each STORE_TILE columns: the rounding is
-    relative to a difference that is small wherever the probability is not. Others keep z as computed.
+    Low-precision inputs keep float16 differences to the maximum of each STORE_TILE columns: the rounding is
+    relative to a difference that is small wherever the probability is not, and what float16 cannot hold has none.
+    Others keep z as computed.
     """
 
-    logits: Tensor  # [S, V] bfloat16 z - tile_max, or z in the compute dtype
+    logits: Tensor  # [S, V] float16 z - tile_max, or z in the compute dtype
     tile_max: Tensor  # [S, ceil(V / STORE_TILE)] float32, or [S, 0]
 
 
@@ -79,7 +80,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def store_dtype(dtype: torch.dtype) -> torch.dtype:
     """What logits of inputs of this dtype are stored in."""
-    return dtype if dtype == compute_dtype(dtype) else torch.bfloat16
+    return dtype if dtype == compute_dtype(dtype) else torch.float16
 
 
 def store_tiles(v: int, dtype: torch.dtype) -> int:
@@ -152,11 +153,14 @@ def select_rows(target: Tensor, v: int, ignore_index: int, *grads: Tensor | None
 
 
 def row_scale(rows: Rows, temperature: float, row_temperature: Tensor | None) -> Tensor | float | None:
-    """Temperature as a column [n, 1], a number, or None for 1."""
+    """Temperature as a column [n, 1], a number, or None for 1; that of rows left out may be anything."""
     if row_temperature is not None:
-        if host_may_look(row_temperature) and not (row_temperature > 0).all():
-            raise ValueError(f"temperature must be positive: got {row_temperature.min().item()}")
-        return rows.take(row_temperature)[:, None]
+        t = rows.take(row_temperature)
+        if rows.dead is not None:
+            t = t.masked_fill(rows.dead, 1.0)
+        if host_may_look(t) and (bad := ~((t > 0) & (t < float("inf")))).any():
+            raise ValueError(f"temperature must be positive and finite: got {t[bad][0].item()}")
+        return t[:, None]
     return None if temperature == 1.0 else temperature
 
 

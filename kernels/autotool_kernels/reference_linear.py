@@ -87,14 +87,17 @@ def linear_backward(
     need_weight: bool = True,
     need_bias: bool = False,
     weight_sum: Tensor | None = None,  # [V, H] compute dtype: dW is added to it, and None returned in its place
+    rounded: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, dbias), each only if needed; with weight_sum dbias is not rounded either.
+    """(dX, dW, dbias), each only if needed; dX and dbias are in the compute dtype if not `rounded` to the inputs'.
 
     A label outside the vocabulary has no column here and adds no 1[j = y].
     """
     v = weight.shape[0]
     dtype = compute_dtype(hidden.dtype)
     keep = store.logits.shape[0]
+    # A difference past the range of float16 is stored as -inf.
+    guard = head.bias is not None or store.tile_max.numel() > 0
     rows = select_rows(target, v, head.ignore_index, grad_logp, grad_entropy, ordered=keep > 0)
     # A masked row's dz is 0, but 0 * NaN is not.
     x, t = _operand(rows, hidden, mask=True), row_scale(rows, head.temperature, head.row_temperature)
@@ -119,7 +122,7 @@ def linear_backward(
             else:
                 z = _logits(x[r], weight, head, t, r, c, dtype)
             slope = _softcap_slope(z, head, t, r)
-            dz = dlogits_(z, rows.target[r] - c.start, columns, r, guard=head.bias is not None)
+            dz = dlogits_(z, rows.target[r] - c.start, columns, r, guard=guard)
             if slope is not None:
                 dz.mul_(slope)
             if rows.dead is not None and r.start < stored:
@@ -140,10 +143,10 @@ def linear_backward(
         if dw is not None:
             dw[c] = w_sum
     if need_hidden:
-        dx = dx.to(hidden.dtype)
+        dx = dx.to(hidden.dtype) if rounded else dx
         if rows.index is not None:
             dx = torch.zeros(hidden.shape, dtype=dx.dtype, device=dx.device).index_copy_(0, rows.index, dx)
-    if need_bias and weight_sum is None:
+    if need_bias and rounded:
         dbias = dbias.to(head.bias.dtype)
     return dx, dw, dbias
 

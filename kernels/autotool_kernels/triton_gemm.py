@@ -436,7 +436,8 @@ def load_coefficients(coefficients, r, rows, live):
     a = tl.load(coefficients + r, mask=inside, other=0.0)
     b = tl.load(coefficients + rows + r, mask=inside, other=0.0)
     at_label = tl.load(coefficients + 2 * rows + r, mask=inside, other=0.0)
-    m = tl.load(coefficients + 3 * rows + r, mask=inside, other=0.0)
+    # A dead row's logits are the bias alone: e^x from a maximum of 0 could be inf, and inf * 0 is NaN.
+    m = tl.load(coefficients + 3 * rows + r, mask=inside, other=1e30)
     return a, b, at_label, m
 
 

@@ -59,6 +59,7 @@ def linear_forward(
 ) -> tuple[RowStats, Store]:
     """Statistics of every row (zeros where ignored) and as many stored logits as `store_bytes` hold."""
     (n, depth), v = hidden.shape, weight.shape[0]
+    head = _contiguous(head)
     device = _device(hidden)
     new = {"dtype": torch.float32, "device": hidden.device}
     stats = RowStats(*(torch.empty(n, **new) for _ in range(4)))
@@ -109,15 +110,18 @@ def linear_backward(
     need_weight: bool = True,
     need_bias: bool = False,
     weight_sum: Tensor | None = None,  # [V, H] float32: dW is added to it and not returned
+    rounded: bool = True,
     *,
     config: LinearConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias; only those asked for are computed."""
+    """Gradients of hidden, weight and bias; only those asked for are computed. dX and dbias float32 if not rounded."""
     (n, depth), v = hidden.shape, weight.shape[0]
+    head = _contiguous(head)
+    result = hidden.dtype if rounded else torch.float32
     if not n:
+        dx = torch.zeros_like(hidden, dtype=result) if need_hidden else None
         dw = torch.zeros_like(weight) if need_weight and weight_sum is None else None
-        dbias = torch.zeros_like(head.bias) if need_bias else None
-        return torch.zeros_like(hidden) if need_hidden else None, dw, dbias
+        return dx, dw, torch.zeros_like(head.bias, dtype=result) if need_bias else None
     device = _device(hidden)
     config = _usable(config or select(device.architecture, depth, v, n, hidden.dtype), weight)
     tile, cublas = config.dlogits, config.matmul == "cublas"
@@ -134,10 +138,10 @@ def linear_backward(
     width = slab_columns(n, v, dtype.itemsize)
     dz_slab = (torch.zeros if cublas else torch.empty)((n, width), dtype=dtype, device=hidden.device)
     dx = torch.empty((n, depth), **new) if need_hidden else None
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    dw = None
+    if need_weight and weight_sum is None:
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = torch.empty(v, **new) if need_bias else None
-    if weight_sum is not None:
-        dw = None
     weight_out = dw if weight_sum is None else weight_sum
     row_tiles = triton.cdiv(n, tile.rows)
     # What an option keeps per element must fit into the registers beside the product.
@@ -177,8 +181,8 @@ def linear_backward(
             torch.sum(bias_partial, 0, out=dbias[columns])
 
     if need_hidden:
-        dx = _scatter(dx, order, counts, hidden)
-    return dx, dw, dbias if dbias is None else dbias.to(head.bias.dtype)
+        dx = _scatter(dx, order, counts, result)
+    return dx, dw, dbias if dbias is None else dbias.to(result)
 
 
 def slab_columns(n: int, v: int, itemsize: int) -> int:
@@ -289,9 +293,9 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _scatter(dx: Tensor, order: Tensor, counts: Tensor, like: Tensor) -> Tensor:
+def _scatter(dx: Tensor, order: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
     n, depth = dx.shape
-    out = torch.empty((n, depth), dtype=like.dtype, device=like.device)
+    out = torch.empty((n, depth), dtype=dtype, device=dx.device)
     scatter_kernel[(triton.cdiv(n, ROW_BLOCK),)](
         dx, order, counts, out, n, depth, dx.stride(0), out.stride(0), BLOCK_R=ROW_BLOCK, BLOCK_H=HIDDEN_BLOCK
     )
@@ -350,6 +354,11 @@ def _even_slab(n: int, most: int, step: int) -> int:
     """Rows of one slab: a multiple of step, at most `most` (but one step), all slabs nearly equal."""
     slabs = triton.cdiv(n, max(step, most // step * step))
     return min(n, triton.cdiv(triton.cdiv(n, slabs), step) * step)
+
+
+def _contiguous(head: Head) -> Head:
+    """`head` as the kernels read it: their bias has no stride."""
+    return head if head.bias is None else head._replace(bias=head.bias.contiguous())
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:

@@ -261,14 +261,14 @@ def summary(times: Times, ranked: Sequence[Tile], default: Tile) -> dict[str, An
 def write(entries: Sequence[Entry], architecture: str, folder: Path) -> list[str]:
     """Merges entries into folder/<architecture>.json in one step; returns what was dropped, in words.
 
-    An entry replaces the one with its shape, tokens and kernel. Forward entries of the same shape whose bits would
-    differ from the new ones are dropped: a file must not hold both.
+    An entry replaces the one with its shape, bucket of tokens and kernel. Forward entries of the same shape whose
+    bits would differ from the new ones are dropped: a file must not hold both.
     """
     path = folder / f"{architecture}.json"
     kept, dropped = [], []
     for old in read(path) if path.exists() else ():
         rivals = [new for new in entries if new.kernel == old.kernel and same_shape(new, old)]
-        if any(new.tokens == old.tokens for new in rivals):
+        if any(configs.bucket(new.tokens) == configs.bucket(old.tokens) for new in rivals):
             continue
         if old.kernel == "forward" and any(
             configs.bits_key(architecture, new.config) != configs.bits_key(architecture, old.config) for new in rivals
@@ -337,6 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.model is None) == (args.hidden is None or args.vocab is None):
         parser.error("give --model, or --hidden and --vocab")
+    buckets = [configs.bucket(n) for n in set(args.tokens)]
+    if len(set(buckets)) < len(buckets):
+        parser.error("--tokens: one number per power of two, because a file holds one entry for each")
     if triton.knobs.runtime.interpret:
         return refuse("Triton's interpreter is on (TRITON_INTERPRET): kernels cannot be compiled")
     gpu = torch.cuda.is_available()

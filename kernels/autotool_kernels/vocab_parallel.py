@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .api import check_head, check_linear, check_store, scaling
+from .arguments import check_index, check_store, head_options, linear_inputs, scaling
+from .dispatch import check_backend
 from .library import ops
 from .reference import RowStats, compute_dtype, merge
 from .results import LogpEntropy
@@ -72,12 +73,15 @@ def vocab_parallel_linear_logp_entropy(
     `store_bytes` counts on each rank. A label that no rank owns gives a NaN logp. Other arguments and errors as in
     `linear_logp_entropy`; ValueError if torch.distributed is not initialised.
     """
-    check_linear(hidden, weight_shard, target, bias)
+    hidden, weight_shard, bias = linear_inputs(hidden, weight_shard, target, bias)
+    check_store(store_bytes)
+    check_index(ignore_index)
+    check_backend(backend)
     if not isinstance(vocab_start, int) or vocab_start < 0:
         raise ValueError(f"vocab_start must be the index of the shard's first row, 0 or more: got {vocab_start!r}")
     scale, row_temperature = scaling(temperature, hidden)
-    options = (scale, logit_scale, check_head(logit_scale, softcap), -100, backend)
-    store_bytes = check_store(store_bytes) if torch.is_grad_enabled() else 0
+    options = (scale, logit_scale, head_options(logit_scale, softcap), -100, backend)
+    store_bytes = store_bytes if torch.is_grad_enabled() else 0
     run = torch.compiler.disable(_VocabParallel.apply) if torch.compiler.is_compiling() else _VocabParallel.apply
     return LogpEntropy(
         *run(
