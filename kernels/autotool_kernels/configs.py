@@ -159,16 +159,26 @@ def unaligned(config: LinearConfig) -> LinearConfig:
     )
 
 
-def for_column_work(architecture: str, tile: Tile) -> Tile:
-    """The forward's tile when its epilogue has values per column (bias, softcap, columns that are missing).
+def for_column_work(architecture: str, tile: Tile, missing: bool) -> Tile:
+    """The forward's tile when its epilogue has values per column: bias, softcap, or columns that are `missing`.
 
-    On tensor memory these cost a change of layout, for which a flattened loop has no registers left. Bit-neutral.
+    Such an epilogue has registers for 64 products per thread, not for 128, and for no second program. Where columns
+    are missing, stored rows start anywhere: their 16-bit stores cost an address each. On tensor memory, and with
+    loads through pointers, a flattened loop takes what is left. The same with and without a store, so that both give
+    the same bits.
     """
-    return dataclasses.replace(tile, flatten=False) if _tensor_memory(architecture) else tile
+    if architecture == INTERPRETER:
+        return tile
+    rows = min(tile.rows, 128)
+    rows, warps = (64, 8) if _tensor_memory(architecture) and missing else (rows, max(tile.warps, rows // 16))
+    flatten = tile.flatten and tile.tma and not _tensor_memory(architecture)
+    return dataclasses.replace(
+        tile, rows=rows, cols=STORE_TILE, warps=warps, programs=1, flatten=flatten, specialize=False
+    )
 
 
 def _tensor_memory(architecture: str) -> bool:
-    return architecture != INTERPRETER and _generation(architecture) == 10
+    return _generation(architecture) == 10
 
 
 def _generation(architecture: str) -> int:
