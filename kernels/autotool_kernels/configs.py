@@ -151,9 +151,10 @@ def defaults(architecture: str, hidden: int, vocab: int, tokens: int, dtype: tor
 def unaligned(config: LinearConfig) -> LinearConfig:
     """Takes the place of `config` where rows do not start and end on 16 bytes, e.g. with an odd row length.
 
-    Such rows go through registers, element by element if need be, and only a small tile has registers to spare.
+    Such rows go through registers, element by element if need be, and only a small tile has registers to spare: for
+    none of a flattened loop.
     """
-    tile = Tile(rows=64, cols=128, depth=32, warps=8, stages=3)
+    tile = Tile(rows=64, cols=128, depth=32, warps=8, stages=3, flatten=False)
     return dataclasses.replace(
         config, **{name: dataclasses.replace(tile, group=getattr(config, name).group) for name in KERNELS}
     )
