@@ -152,7 +152,10 @@ def problems() -> list[Problem]:
             "linear V128259 H897 N8192 bf16 options, stored", linear(897, 128259, 8192, "bfloat16", **stored, **options)
         ),
         Problem("linear V128259 N8192 fp32 stored", linear(*ragged, 8192, "float32", **stored)),
-        Problem("linear V128259 N8192 fp32 options, stored", linear(*ragged, 8192, "float32", **stored, **options32)),
+        Problem(
+            "linear V128259 N8192 fp32 options, stored", linear(*ragged, 8192, "float32", **stored, **options32),
+            MAIN + SECONDARY,
+        ),
         Problem("logits N8192 bf16", logits(8192, v, "bfloat16")),
         Problem("logits N4 bf16", logits(4, v, "bfloat16")),
         Problem("logits N8192 fp32 in place", logits(8192, v, "float32", inplace=True)),

@@ -209,6 +209,20 @@ def test_every_peer_is_a_provider_or_says_why_not():
     assert any(p.name == "verl" and "--verl" in p.why for p in found if isinstance(p, Absent))
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="torch before 2.13")
+def test_torchs_own_op_gets_chunks_that_suit_the_device():
+    hows = {
+        dtype: next(p.how for p in peers.linear_peers(CPU, dtype) if p.name == "torch_lce")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert "chunks of 256 rows" in hows[torch.float32]
+    assert "automatic chunks" in hows[torch.bfloat16]
+    case = problem(n=300)  # more than a chunk
+    chosen = [p for p in peers.linear_peers(CPU, torch.float32) if p.name.startswith("torch_lce")]
+    rows = contest(chosen, gradients=("logp",), case=case)
+    assert all(rows[p.name]["dx"] < 1e-5 and rows[p.name]["dw"] < 1e-5 for p in chosen)
+
+
 def test_verl_is_loaded_from_its_files_without_its_package(tmp_path):
     folder = tmp_path / "verl" / "utils" / "kernel"
     folder.mkdir(parents=True)

@@ -164,14 +164,14 @@ def for_column_work(architecture: str, tile: Tile, missing: bool) -> Tile:
     """The forward's tile when its epilogue has values per column: bias, softcap, or columns that are `missing`.
 
     Such an epilogue has registers for 64 products per thread, not for 128, and for no second program. Where columns
-    are missing, stored rows start anywhere: their 16-bit stores cost an address each. On tensor memory, and with
-    loads through pointers, a flattened loop takes what is left. The same with and without a store, so that both give
-    the same bits.
+    are missing, stored rows start anywhere: their 16-bit stores cost an address each, which leaves room for 32 on
+    most architectures. On tensor memory, and with loads through pointers, a flattened loop takes what is left. The
+    same with and without a store, so that both give the same bits.
     """
     if architecture == INTERPRETER:
         return tile
     rows = min(tile.rows, 128)
-    rows, warps = (64, 8) if _tensor_memory(architecture) and missing else (rows, max(tile.warps, rows // 16))
+    rows, warps = (64, 8) if missing and architecture not in ("sm_80", "sm_90") else (rows, max(tile.warps, rows // 16))
     flatten = tile.flatten and tile.tma and not _tensor_memory(architecture)
     return dataclasses.replace(
         tile, rows=rows, cols=STORE_TILE, warps=warps, programs=1, flatten=flatten, specialize=False
