@@ -125,7 +125,9 @@ def defaults(architecture: str, hidden: int, vocab: int, tokens: int, dtype: tor
         # Three tf32 products per float32 product: mma.sync holds both halves of every operand in registers.
         lean = _generation(architecture) in (9, 10)
         tile = Tile(rows=64, cols=128, depth=32, warps=4 if lean else 8, stages=2, tma=lean, flatten=lean)
-        return LinearConfig(tile, tile, tile, tile)
+        # Beyond sm_100 the sums of dX and dW need what half of the columns leaves.
+        product = dataclasses.replace(tile, cols=64) if _generation(architecture) > 10 else tile
+        return LinearConfig(tile, tile, product, product)
     shared = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
     group = max(1, min(64, GROUP_BYTES // (128 * hidden * dtype.itemsize)))
     wide = Tile(rows=128, cols=256, depth=64, warps=8, stages=3, tma=True)
