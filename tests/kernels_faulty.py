@@ -21,7 +21,7 @@ def _spilling(x, out, SIZE: tl.constexpr):
 
 @triton.jit
 def _crowded(x, out, SIZE: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Sixteen warps that need more than 64 registers each: two such programs do not fit on a multiprocessor."""
+    """32 warps that need more than 32 registers per thread: two such programs do not fit on a multiprocessor."""
     offsets = tl.program_id(0) + tl.arange(0, SIZE)
     values = tl.load(x + offsets)
     more = tl.load(x + SIZE + offsets)
@@ -67,7 +67,7 @@ def problems() -> list[Problem]:
     wide, result = new(128, 4096), new(128, 128, dtype=torch.float32)
     return [
         Problem("spilling", lambda: _spilling[(1,)](x, x, SIZE=8192, num_warps=1), (90,)),
-        Problem("crowded", lambda: _crowded[(crowded,)](x, x, SIZE=8192, PROGRAMS=crowded, num_warps=16), (90,)),
+        Problem("crowded", lambda: _crowded[(crowded,)](x, x, SIZE=16384, PROGRAMS=crowded, num_warps=32), (90,)),
         Problem("half a warpgroup", lambda: _product[(1,)](square, square, out, False, 64, num_warps=2), (90,)),
         Problem("float32 product", lambda: _product[(1,)](square, square, out, True, 32), (80,)),
         Problem("greedy", lambda: _greedy[(1,)](wide, wide, result, 4096, 128), (90,)),
