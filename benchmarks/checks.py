@@ -18,9 +18,9 @@ from benchmarks import linear_logp_entropy as linear
 from benchmarks import logits_logp_entropy as logits
 from benchmarks import policy_loss as policy
 from benchmarks import sample_logp_entropy as sample
-from benchmarks.measure import one_line
+from benchmarks.measure import captured, one_line
 from benchmarks.peers import Absent, Provider, own_backends
-from benchmarks.problems import Problem, Reference, make_problem, max_error
+from benchmarks.problems import DATA, Problem, Reference, make_problem, max_error
 
 REPEATS = 20
 # Largest |dlogp|, |dentropy|, relative dX, relative dW. bfloat16: the project's targets, in which the rounding of the
@@ -47,13 +47,15 @@ class Setting(NamedTuple):
     dtype: torch.dtype
     heads: tuple[tuple[int, int], ...]  # (H, V)
     tokens: int
+    data: tuple[str, ...] = DATA
 
 
 def setting(device: torch.device, full: bool) -> Setting:
     """Real heads on a GPU, a small one elsewhere."""
     if device.type != "cuda":
         return Setting(device, torch.float32, ((64, 1000),), 96)
-    return Setting(device, torch.bfloat16, (linear.QWEN_7B, linear.QWEN_05B), 8192 if full else 1024)
+    heads = linear.QWEN_7B, linear.QWEN_05B
+    return Setting(device, torch.bfloat16, heads, *((8192, DATA) if full else (1024, ("peaked",))))
 
 
 def run_checks(where: Setting) -> Iterator[Check]:
@@ -66,7 +68,9 @@ def run_checks(where: Setting) -> Iterator[Check]:
 
 
 def _checks(where: Setting) -> Iterator[tuple[str, Callable[[], Check]]]:
-    for head, data in itertools.product(where.heads, ("peaked", "random")):
+    for op in _GRAPHS:
+        yield f"{op}, chosen backend", lambda op=op: _chosen(op, where)
+    for head, data in itertools.product(where.heads, where.data):
         problem = make_problem(where.tokens, *head, where.dtype, where.device, data, 0.55, 0.3)
         reference = Reference(problem)
         for provider in _own(problem):
@@ -91,6 +95,14 @@ def _checks(where: Setting) -> Iterator[tuple[str, Callable[[], Check]]]:
             yield name, lambda n=name, b=backend, run=run: run(n, where, vocab, b)
     for name, capture in _GRAPHS.items():
         yield f"CUDA graph, {name}", lambda n=f"CUDA graph, {name}", c=capture: _graph(n, where, c)
+    yield "torch.compile", lambda: _compiled("torch.compile", where)
+
+
+def _chosen(op: str, where: Setting) -> Check:
+    """A Triton that cannot serve would leave everything to the torch backend, whose results are right as well."""
+    choice = autotool_kernels.choose(op, where.device.type, dtype=where.dtype)
+    expected = choice.name == "triton" if where.device.type == "cuda" else None
+    return Check(f"{op}, chosen backend", expected, f"{choice.name}: {choice.reason}")
 
 
 def _own(problem: Problem) -> list[Provider]:
@@ -242,11 +254,34 @@ def _graph(name: str, where: Setting, make: Callable[[Setting], tuple[Callable, 
     with torch.cuda.stream(side):
         run()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, outputs = captured(run)
     change()
     graph.replay()
     torch.cuda.synchronize()
-    same = _same(captured, run())
+    same = _same(outputs, run())
     return Check(name, same, "captured; replay on changed inputs " + ("equals" if same else "differs from") + " a call")
+
+
+def _compiled(name: str, where: Setting) -> Check:
+    """Three ops in one compiled graph, their gradients outside it: the bits of the plain calls."""
+    if where.device.type != "cuda":
+        return Check(name, None, "needs a GPU; the tests compile the ops on a CPU")
+    problem = make_problem(256, *where.heads[-1], where.dtype, where.device, "peaked", 0.55)
+    leaves = problem.hidden.requires_grad_(), problem.weight.requires_grad_()
+    logits = torch.randn(64, where.heads[-1][1], device=where.device, dtype=where.dtype)
+    seed = torch.arange(64, device=where.device)
+
+    def ops(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (
+            *autotool_kernels.linear_logp_entropy(hidden, weight, problem.target),
+            *autotool_kernels.logits_logp_entropy(logits, seed),
+            *autotool_kernels.sample_logp_entropy(logits, seed=seed, offset=seed),
+        )
+
+    torch._dynamo.reset()
+    results = []
+    for run in (ops, torch.compile(ops, fullgraph=True)):
+        out = run(*leaves)
+        results.append((*out, *torch.autograd.grad(out[:2], leaves, list(problem.upstream(True, True)))))
+    same = _same(*results)
+    return Check(name, same, "compiled calls " + ("equal" if same else "differ from") + " plain ones")

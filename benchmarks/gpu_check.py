@@ -1,14 +1,20 @@
 """One command that says how the kernels do on this machine, under the interpreter it is started with.
 
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_check.py --out DIR [--quick | --full] [--only SECTION ...]
+    PYTHONPATH=.:kernels python3 benchmarks/gpu_check.py --out DIR [--quick | --full] [--only SECTION ...] [--part I/K]
 
 Sections: environment (versions, clocks, measured ceilings; builds csrc where there is an nvcc), tests (the kernel
 tests that a GPU changes), accuracy (`benchmarks/checks.py`), linear, logits, policy, sample (the four benchmarks),
 training (a smoke run of the trainer). Each runs in a process of its own with a time budget, so that a crash or a hang
-loses nothing but itself; the quick set (the default) ends within nine minutes. A benchmark that dies is repeated
-without the peers. Under DIR: check.json with everything that is not a benchmark, and one JSON file per benchmark,
-written as they go. The last thing printed is a short table. Without a GPU the same sections run in a small form on the
-CPU, and every line says so. Exit code 1 if anything failed.
+loses nothing but itself; the quick set (the default) ends within nine minutes. A section that runs out of time is
+"stopped": what it found until then is kept, and counts as failed only if it had failed, or had found nothing. A
+benchmark that dies, or is stopped before it has timed our kernels, is repeated without the peers.
+
+The full set is no single call: each of its sections may take FULL_SECONDS, and its benchmarks take more than that.
+`--only linear --part 1/8`, 2/8 and so on measure an eighth of the tables each, in files of their own.
+
+Under DIR: check.json with everything that is not a benchmark, and one JSON file per benchmark, written as they go;
+older files of these names are removed first. The last thing printed is a short table. Without a GPU the same sections
+run in a small form on the CPU, and every line says so. Exit code 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -35,27 +41,45 @@ BENCHMARKS = {
 }
 # Seconds, in the order in which sections run. The quick ones sum to QUICK_SECONDS.
 BUDGETS = {
-    "environment": 75,
+    "environment": 80,
     "tests": 105,
-    "accuracy": 85,
-    "linear": 105,
+    "accuracy": 90,
+    "linear": 100,
     "logits": 40,
     "policy": 25,
-    "sample": 25,
-    "training": 65,
+    "sample": 30,
+    "training": 55,
 }
 QUICK_SECONDS = 525
-FULL_FACTOR = 8  # of the quick budgets, and no bound on their sum
-RETRY_SECONDS = 25  # least time left for a repetition without the peers
+FULL_SECONDS = 570  # of each section of the full set, and no bound on their sum
+RETRY_SHARE = 0.3  # of a benchmark's budget, kept back for a repetition without the peers
+CONTESTS = 10  # a benchmark's budget over this bounds one contest: there are four, and warming up costs as much
+FULL_CONTEST_SECONDS = 10
+BUILD_SECONDS = 50
+TEST_PROCESSES = 8
 # About compiled code, the same on every machine; they need no GPU and would take the whole budget.
 OFFLINE_TESTS = ("test_kernels_compile.py", "test_kernels_offline.py")
+FULL_TESTS = ("test_kernels_tune.py",)  # of a tool, and many
+FAILING_LINE = re.compile(r"[.sxX]*[FE][.sxXFE]*(\s|$)|FAILED|ERROR")  # of pytest's progress, or a name
+# The smoke preset without the command line's parser, which not every machine with a GPU has.
+SMOKE_RUN = """
+import dataclasses, sys
+from autotool_fast.cli import load_preset
+from autotool_fast.plan import check
+from autotool_fast.runs import RunFolder
+config = dataclasses.replace(load_preset("smoke"), out=sys.argv[1], device=sys.argv[2])
+check(config)
+with RunFolder.create(config) as run:
+    from autotool_fast.stages import run_stages
+    sys.exit(run_stages(config, run))
+"""
 
 
 class Outcome(NamedTuple):
     """How a section ended."""
 
     section: str
-    state: str  # "passed", "failed" or "not run"
+    state: str  # "passed", "failed", "stopped" (passed as far as it came) or "not run"
     seconds: float
     detail: str
 
@@ -72,15 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = "GPU" if gpu else "CPU, small forms: no GPU here"
     print(f"gpu_check on a {where}; {sys.executable}; {'full' if args.full else 'quick'} set", flush=True)
     outcomes: list[Outcome] = []
+    written: list[Path] = []
     record: dict[str, Any] = {"measured_on": where, "set": "full" if args.full else "quick"}
     for name in sections:
         left = float("inf") if args.full else QUICK_SECONDS - (time.monotonic() - begin)
-        budget = min(BUDGETS[name] * (FULL_FACTOR if args.full else 1), left)
+        budget = min(FULL_SECONDS if args.full else BUDGETS[name], left)
         print(f"\n== {name} (at most {budget:.0f} s)", flush=True)
         if budget < 5:
             outcomes.append(Outcome(name, "not run", 0.0, "no time left"))
         elif name in BENCHMARKS:
-            outcomes.append(_benchmark(name, args, gpu, budget))
+            outcome, path = _benchmark(name, args, gpu, budget)
+            outcomes.append(outcome)
+            written.append(path)
         else:
             outcome, details = _section(name, args, budget)
             outcomes.append(outcome)
@@ -90,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\ngpu_check on a {where}: {time.monotonic() - begin:.0f} s")
     for outcome in outcomes:
         print(f"{outcome.section:<12} {outcome.state:<8} {outcome.seconds:5.0f} s  {outcome.detail}")
-    for line in _headlines(args.out, [name for name in sections if name in BENCHMARKS]):
+    for line in _headlines(written):
         print(line)
     return int(any(outcome.state == "failed" for outcome in outcomes))
 
@@ -103,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--quick", action="store_true", help="under nine minutes (the default)")
     size.add_argument("--full", action="store_true", help="every shape, mode and share")
     p.add_argument("--only", nargs="+", choices=tuple(BUDGETS), metavar="SECTION", help=", ".join(BUDGETS))
+    p.add_argument("--part", default="1/1", metavar="I/K", help="every K-th table of a benchmark from the I-th on")
     p.add_argument("--verl", type=Path, help="a checkout of verl, passed on to the linear benchmark")
     p.add_argument("--section", choices=tuple(SECTIONS), help=argparse.SUPPRESS)
     p.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -159,54 +187,67 @@ def _section(name: str, args: argparse.Namespace, budget: float) -> tuple[Outcom
         found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     state, detail = found.get("state", "failed"), found.get("detail", "")
     if code is None:
-        state, detail = "failed", f"stopped after {budget:.0f} s; until then: {detail or 'nothing'}"
+        state = "stopped" if state in ("passed", "under way") else "failed"
+        detail = f"stopped after {budget:.0f} s; until then: {detail or 'nothing'}"
     elif code != 0:
         state, detail = "failed", detail if found.get("state") == "failed" else f"exit {code}: {_last_line(text)}"
     return Outcome(name, state, seconds, detail), found.get("details")
 
 
-def _benchmark(name: str, args: argparse.Namespace, gpu: bool, budget: float) -> Outcome:
-    """One benchmark script; on a CPU with few contestants, after a failure with ours alone."""
-    out = args.out.resolve() / f"{BENCHMARKS[name]}.json"
+def _benchmark(name: str, args: argparse.Namespace, gpu: bool, budget: float) -> tuple[Outcome, Path]:
+    """One benchmark script and the file of its tables; on a CPU with few contestants, after a failure ours alone."""
+    part = "" if args.part == "1/1" else f"_{args.part.replace('/', 'of')}"
+    out = args.out.resolve() / f"{BENCHMARKS[name]}{part}.json"
+    spare = out.with_name(f"{out.stem}_ours.json")
+    for old in (out, spare):
+        old.unlink(missing_ok=True)
+    contest = FULL_CONTEST_SECONDS if args.full else budget / CONTESTS
     command = [sys.executable, "-m", f"benchmarks.{BENCHMARKS[name]}", "--out", str(out)]
-    command.append("--full" if args.full and gpu else "--quick")
+    command += ["--full" if args.full and gpu else "--quick", "--part", args.part, "--seconds", f"{contest:.1f}"]
     command += ["--verl", str(args.verl.resolve())] if name == "linear" and args.verl else []
     begin = time.monotonic()
-    code, text = _run(command if gpu else [*command, "--providers", "ours", "eager"], budget)
-    notes = []
-    left = budget - (time.monotonic() - begin)
-    if code not in (None, 0):
-        notes.append(f"with the peers: exit {code}, {_last_line(text)}")
-        if left > RETRY_SECONDS:
-            out = out.with_name(f"{out.stem}_ours.json")
-            code, text = _run([*command, "--providers", "ours", "--out", str(out)], left)
-            notes.append("repeated with ours alone")
-    if code is None:
-        notes.append(f"stopped after {budget:.0f} s")
-    tables = json.loads(out.read_text(encoding="utf-8"))["tables"] if out.exists() else []
+    first = budget if args.full else budget * (1 - RETRY_SHARE)
+    code, text = _run(command if gpu else [*command, "--providers", "ours", "eager"], first)
+    notes = [] if code == 0 else [_ending(code, first, text)]
+    if code != 0 and not _times_of_ours(out):
+        left = budget - (time.monotonic() - begin)
+        if left >= RETRY_SHARE * budget - 1:
+            code, text = _run([*command, "--providers", "ours", "--out", str(spare)], left)
+            notes.append("repeated with ours alone" + (f": {_ending(code, left, text)}" if code != 0 else ""))
+            out = spare
+    tables = _tables(out)
     notes.append(f"{len(tables)} tables in {out.name}")
     failures = [
         f"{row['provider']}: {row['error']}"
         for table in tables
         for row in table["rows"]
-        if row.get("error") and row["provider"].startswith("autotool") and not _cannot(row["error"])
+        if row.get("error") and row["provider"].startswith("autotool") and not row.get("absent")
     ]
-    passed = code == 0 and bool(tables) and not failures
-    return Outcome(name, "passed" if passed else "failed", time.monotonic() - begin, "; ".join(failures + notes))
+    state = "failed"
+    if _times_of_ours(out) and not failures:
+        state = {0: "passed", None: "stopped"}.get(code, "failed")
+    return Outcome(name, state, time.monotonic() - begin, "; ".join(failures + notes)), out
 
 
-def _cannot(error: str) -> bool:
-    """Whether a row says that a backend does not serve here, rather than that it broke."""
-    return any(text in error for text in ("cannot serve", "interpreter is for tests", "has no "))
+def _ending(code: int | None, seconds: float, text: str) -> str:
+    return f"stopped after {seconds:.0f} s" if code is None else f"exit {code}, {_last_line(text)}"
 
 
-def _headlines(out: Path, names: Sequence[str]) -> list[str]:
+def _tables(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["tables"] if path.exists() else []
+
+
+def _times_of_ours(path: Path) -> bool:
+    rows = [row for table in _tables(path) for row in table["rows"]]
+    return any("ms" in row and row["provider"].startswith("autotool") for row in rows)
+
+
+def _headlines(paths: Sequence[Path]) -> list[str]:
     """For each table our best and the peers' best time of every mode."""
     lines = []
-    for name in names:
-        path = out / f"{BENCHMARKS[name]}.json"
-        for table in json.loads(path.read_text(encoding="utf-8"))["tables"] if path.exists() else []:
-            lines.append(table["title"])
+    for path in paths:
+        for table in _tables(path):
+            lines.append(table["title"] + " (unfinished)" * table.get("unfinished", False))
             rows = [row for row in table["rows"] if "ms" in row and not row["provider"].startswith(("gemm", "copy"))]
             for mode, gradients in dict.fromkeys((row["mode"], row.get("gradients", "")) for row in rows):
                 same = [row for row in rows if (row["mode"], row.get("gradients", "")) == (mode, gradients)]
@@ -258,30 +299,32 @@ def environment(args: argparse.Namespace) -> int:
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
         details["nvidia_smi"] = f"{fields}: {asked.stdout.strip() or asked.stderr.strip()}"
-    details["csrc"] = _build() if gpu else "not built: no GPU"
-    state = "failed" if details["csrc"].startswith("failed") else "passed"
-    _save(args, state, details["csrc"], details)
-    details["backends"] = {name: b._asdict() if hasattr(b, "_asdict") else dataclasses.asdict(b)
-                           for name, b in autotool_kernels.backends().items()}  # fmt: skip
     ceilings = measure.ceilings(device, quick=True)
     details["ceilings"] = dataclasses.asdict(ceilings)
     text = (
         f"{details['device']}; torch {torch.__version__}; copy {ceilings.copy_gb_s:.4g} GB/s; {ceilings.matmul} "
-        f"{ceilings.matmul_tflops:.3g} TFLOP/s; csrc {details['csrc']}"
+        f"{ceilings.matmul_tflops:.3g} TFLOP/s"
     )
-    _save(args, state, text, details)
+    _save(args, "passed", text, details)
+    details["csrc"] = _build(args.full) if gpu else "not built: no GPU"
+    details["backends"] = {name: b._asdict() if hasattr(b, "_asdict") else dataclasses.asdict(b)
+                           for name, b in autotool_kernels.backends().items()}  # fmt: skip
+    state = "failed" if details["csrc"].startswith("failed") else "passed"
+    _save(args, state, f"{text}; csrc {details['csrc']}", details)
     print(json.dumps(details, indent=1))
     return 0
 
 
-def _build() -> str:
+def _build(full: bool) -> str:
     """csrc, if there is an nvcc; a child, because the extension is looked for when it is first used."""
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "csrc/build.py"], capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode == 0:
+    seconds = FULL_SECONDS / 2 if full else BUILD_SECONDS
+    code, text = _run([sys.executable, "csrc/build.py"], seconds)
+    if code == 0:
         return f"built in {time.monotonic() - begin:.0f} s"
-    reason = _last_line(done.stderr)
-    return f"not built: {reason}" if "nvcc was not found" in done.stderr else f"failed: {reason}"
+    if code is None:
+        return f"not built: stopped after {seconds:.0f} s"
+    return f"not built: {_last_line(text)}" if "nvcc was not found" in text else f"failed: {_last_line(text)}"
 
 
 def kernel_tests(args: argparse.Namespace) -> int:
@@ -296,18 +339,24 @@ def kernel_tests(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("pytest") is None:
         _save(args, "not run", "pytest is not installed; the accuracy section compares every op with float64", None)
         return 0
-    files = sorted(str(p) for p in (ROOT / "tests").glob("test_kernels_*.py") if p.name not in OFFLINE_TESTS)
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "-q", "--tb=line", "-p",
-               "no:cacheprovider", *files]  # fmt: skip
+    left_out = OFFLINE_TESTS if args.full else OFFLINE_TESTS + FULL_TESTS
+    files = sorted(str(p) for p in (ROOT / "tests").glob("test_kernels_*.py") if p.name not in left_out)
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "-q", "--tb=line", *files]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(TEST_PROCESSES)]
     if not args.full:
         command += ["-m", "gpu or not slow"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     lines: list[str] = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines = [*lines, line.rstrip()][-60:]
-        _save(args, "failed", f"under way: {_last_line(line)}", lines)
-    code = process.wait()
+    state = "under way"
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["-o", f"cache_dir={folder}"]  # the checkout is left as it is
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines = [*lines, line.rstrip()][-60:]
+            state = "failed" if FAILING_LINE.match(line) else state
+            _save(args, state, f"under way: {_last_line(line)}", lines)
+        code = process.wait()
     summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "no summary")
     _save(args, "passed" if code == 0 else "failed", summary, lines)
     return code
@@ -341,14 +390,13 @@ def training(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         run, log = Path(folder) / "run", Path(folder) / "log"
-        command = [sys.executable, "-m", "autotool_fast.train", "--preset", "smoke", "--out", str(run)]
-        command += ["--device", device]
+        command = [sys.executable, "-c", SMOKE_RUN, str(run), device]
         with log.open("w") as stream:
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
             code = None
             while code is None:
                 finished = [path.stem for path in (run / "stages").glob("*.json")]
-                _save(args, "failed", f"{len(finished)} stages on {device}", finished)
+                _save(args, "under way", f"{len(finished)} stages on {device}", finished)
                 try:
                     code = process.wait(timeout=1)
                 except subprocess.TimeoutExpired:
@@ -359,7 +407,8 @@ def training(args: argparse.Namespace) -> int:
     print(text[-3000:])
     missing = re.search(r"No module named '([^']+)'", text)
     if missing:
-        _save(args, "not run", f"the trainer needs {missing[1]}, which this interpreter does not have", None)
+        remedy = f"{sys.executable} -m pip install {missing[1].partition('.')[0]}"
+        _save(args, "not run", f"the trainer needs a package that is not here: {remedy}", None)
         return 0
     detail = f"smoke preset, --device {device}: {len(finished)} stages in {seconds:.0f} s"
     passed = code == 0

@@ -2,6 +2,8 @@
 
     python -m benchmarks.linear_logp_entropy [--quick | --full] [--shapes 896x151936] [--tokens 1024] [--out FILE]
 
+On a GPU --full is 35 problems and more than an hour; --part 1/8 is every eighth of them.
+
 TFLOP/s counts useful work only, the same for everybody: 2NHV for a forward over the active rows and 4NHV for a
 backward over the rows with a gradient, so 6NHV for both, whatever an implementation recomputes. The roofline column
 divides it by the rate of a large matrix product measured here. Peak extra GB is memory beyond the inputs and the
@@ -20,7 +22,7 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,9 @@ from benchmarks.report import (
     Column,
     Report,
     Row,
+    absent,
     common_parser,
+    in_part,
     percent,
     set_up,
     shape_pair,
@@ -239,9 +243,12 @@ def run_contest(
     gradients: Sequence[str],
     repetitions: int,
     seconds: float,
-    matmul_tflops: float,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """All rows of one problem's table: first every error, then the times in turns, then memory."""
+    """All rows of one problem's table: first every error, then the times in turns, then memory.
+
+    `keep` gets the rows so far after each mode.
+    """
     device = problem.hidden.device
     contest = Contest(problem)
     rows: list[Row] = []
@@ -268,7 +275,6 @@ def run_contest(
                 row: Row = {"provider": name, "mode": mode, "gradients": kind, **timed(result)}
                 if "ms" in row:
                     row["tflops"] = useful_flops(problem, mode) / row["ms"] / 1e9
-                    row["roofline"] = row["tflops"] / matmul_tflops
                     if "bare" not in errors[name]:
                         row["extra_gb"] = _extra_gb(calls[name], device, kept if mode in ("backward", "both") else 0)
                     shown = ("dlogp", "dentropy") if mode in ("nograd", "forward") else ("dx", "dw")
@@ -276,7 +282,8 @@ def run_contest(
                     row |= {key: value for key, value in errors[name].items() if key in shown}
                 rows.append(row)
             calls.clear()
-    rows += [{"provider": p.name, "error": p.why} for p in providers if isinstance(p, Absent)]
+            keep(rows)
+    rows += [absent(p.name, p.why) for p in providers if isinstance(p, Absent)]
     names = [p.name for p in providers]
     columns = [*itertools.product(gradients, modes)]
     place = {pair: i for i, pair in enumerate(columns)}
@@ -344,9 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     modes = args.modes or (MODES if args.full else ("nograd", "both"))
     gradients = args.gradients or (GRADIENTS if args.full else ("logp+entropy",))
-    ceilings = measure.ceilings(device, args.quick)
-    report = Report("linear_logp_entropy", device, ceilings, args.out, NOTE)
-    for case in cases(args, device):
+    report = Report("linear_logp_entropy", device, measure.ceilings(device, args.quick), args.out, NOTE)
+    for case in in_part(cases(args, device), args.part):
         problem = make_problem(
             case.tokens, case.hidden, case.vocab, dtype, device, case.data, case.active, case.zero_advantage
         )
@@ -355,14 +361,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         providers = [p for p in providers if wanted(p.name, args.providers)]
         if args.quick and device.type == "cuda" and not args.providers:
             providers = [p for p in providers if p.name != "compile"]  # compiling costs more than the rest together
-        rows = run_contest(
-            problem, reference, providers, modes, gradients, args.repetitions, args.seconds, ceilings.matmul_tflops
-        )
         facts = {
             "problem": case._asdict() | {"dtype": str(dtype).removeprefix("torch.")},
             "median_entropy": reference.median_entropy,
             "above_one_nat": reference.above_one_nat,
         }
+        rows = run_contest(
+            problem, reference, providers, modes, gradients, args.repetitions, args.seconds,
+            lambda rows, problem=problem, facts=facts: report.keep(problem.label(), facts, rows),
+        )  # fmt: skip
         entropies = f"entropy: median {reference.median_entropy:.2f} nat, {reference.above_one_nat:.0%} above 1 nat"
         hows = [f"{p.name}: {p.how}" for p in providers if isinstance(p, Provider)]
         report.add(problem.label(), facts, COLUMNS, rows, [entropies, *hows])

@@ -15,7 +15,7 @@ import argparse
 import inspect
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import autotool_kernels
@@ -31,7 +31,9 @@ from benchmarks.report import (
     Column,
     Report,
     Row,
+    absent,
     common_parser,
+    in_part,
     percent,
     set_up,
     share,
@@ -43,7 +45,6 @@ from benchmarks.report import (
 MODES = ("nograd", "forward", "backward", "both")
 GRADIENTS = ("logp", "logp+entropy")
 PASSES = {"nograd": 1, "forward": 1, "backward": 2, "both": 3}
-CACHES = {"cuda": 256 << 20, "cpu": 128 << 20}  # several last-level caches
 COLUMNS = (
     *TIME_COLUMNS,
     Column("gb_s", "GB/s", lambda x: f"{x:.4g}"),
@@ -93,8 +94,7 @@ class Batch:
         self.logits = (problem.hidden @ problem.weight.t()).to(dtype).detach()
         self.target, self.live = problem.target, problem.live
         self.all_live = len(self.live) == rows
-        copies = max(1, min(8, -(-CACHES[device.type] // max(1, self.logits.nbytes))))
-        self.copies = [self.logits, *(self.logits.clone() for _ in range(copies - 1))]
+        self.copies = measure.copies_beyond_caches(self.logits)
         for copy in self.copies:
             copy.requires_grad_()
         up = problem.upstream(True, True)
@@ -183,9 +183,9 @@ def run_contest(
     gradients: Sequence[str],
     repetitions: int,
     seconds: float,
-    copy_gb_s: float,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """All rows of one table."""
+    """All rows of one table; `keep` gets those so far after each mode."""
     device = batch.logits.device
     rows: list[Row] = []
     for kind in gradients:
@@ -207,13 +207,13 @@ def run_contest(
                 if "ms" in row:
                     passes = 2 if bare else PASSES[mode]
                     row["gb_s"] = passes * batch.logits.nbytes / row["ms"] / 1e6
-                    row["roofline"] = row["gb_s"] / copy_gb_s
                     if not bare:
                         row["extra_gb"] = _extra_gb(calls[name], device, batch.logits.nbytes * (PASSES[mode] > 1))
                     keys = ("dlogp", "dentropy") if mode in ("nograd", "forward") else ("dlogp", "dentropy", "dz")
                     row |= {key: value for key, value in errors[name].items() if key in keys}
                 rows.append(row)
-    return rows + [{"provider": p.name, "error": p.why} for p in providers if isinstance(p, Absent)]
+            keep(rows)
+    return rows + [absent(p.name, p.why) for p in providers if isinstance(p, Absent)]
 
 
 def _extra_gb(call: Call, device: torch.device, kept: int) -> float | None:
@@ -250,14 +250,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = args.rows or (((1024, 8192, 65536) if args.full else (8192,)) if gpu else (64,))
     data = args.data or (("peaked",) if args.quick else DATA)
     gradients = args.gradients or (GRADIENTS if args.full else ("logp+entropy",))
-    ceilings = measure.ceilings(device, args.quick)
-    report = Report("logits_logp_entropy", device, ceilings, args.out, NOTE)
-    for vocab, n, kind, active in itertools.product(vocabs, rows, data, args.active):
+    report = Report("logits_logp_entropy", device, measure.ceilings(device, args.quick), args.out, NOTE)
+    for vocab, n, kind, active in in_part(itertools.product(vocabs, rows, data, args.active), args.part):
         batch = Batch(n, vocab, dtype, device, kind, active)
         copy = Provider("copy", lambda *_: Outputs(None), "one copy of the logits: reads and writes them once", bare=1)
         providers = [*own_providers(device, dtype), *logits_peers(device), copy]
         providers = [p for p in providers if wanted(p.name, args.providers)]
-        table = run_contest(batch, providers, args.modes, gradients, args.repetitions, args.seconds, ceilings.copy_gb_s)
+        if args.quick and gpu and not args.providers:
+            providers = [p for p in providers if p.name != "compile"]  # compiling costs more than the rest together
         name = str(dtype).removeprefix("torch.")
         title = f"N={n} V={vocab} {name}, {kind} rows, active {active:.0%}"
         facts = {
@@ -265,6 +265,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "median_entropy": batch.entropy.median().item(),
             "ignore_index": IGNORE,
         }
+        table = run_contest(
+            batch, providers, args.modes, gradients, args.repetitions, args.seconds,
+            lambda rows, title=title, facts=facts: report.keep(title, facts, rows),
+        )  # fmt: skip
         rotation = f"inputs rotate through {len(batch.copies)} copies of {batch.logits.nbytes / 1e6:.0f} MB"
         hows = [f"{p.name}: {p.how}" for p in providers if isinstance(p, Provider)]
         report.add(title, facts, COLUMNS, table, [rotation, *hows])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,16 +29,20 @@ from typing import Any, NamedTuple
 
 import torch
 from autotool_kernels.products import project
+from torch import Tensor
 
 WARM_UP_SECONDS = {"cuda": 0.2, "cpu": 0.0}
-CANARY_SIZE = {"cuda": 8192, "cpu": 1024}
+CANARY_SIZE = {"cuda": 8192, "cpu": 2048}
+CACHES = {"cuda": 256 << 20, "cpu": 128 << 20}  # several last-level caches
+MOST_COPIES = 4096
 SPIN_CYCLES = 1_000_000  # about half a millisecond on a GPU: longer than the host needs to enqueue one call
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # mallopt(3)
 _MAPPED_FROM = 1 << 20
 
 
 class Call(NamedTuple):
-    """One thing to time. `prepare(i)` is not timed; its result goes to `run`. `i` counts the repetitions."""
+    """One thing to time. `prepare(i)` is not timed; its result goes to `run`. `i` counts the calls of the contest, so
+    that contestants who rotate through inputs by it never find one in the cache that another has just read."""
 
     run: Callable[[Any], Any]
     prepare: Callable[[int], Any] = lambda i: i
@@ -59,9 +64,11 @@ class Ceilings:
     """What the device was seen to reach, before the contest and after it."""
 
     copy_gb_s: float  # bytes read plus bytes written
-    matmul_tflops: float  # the canary before
-    matmul_tflops_after: float | None
+    matmul_tflops: float  # the canary
+    copy_bytes: int
     matmul: str  # what was multiplied
+    copy_gb_s_after: float | None = None
+    matmul_tflops_after: float | None = None
 
 
 def one_line(error: BaseException) -> str:
@@ -87,7 +94,7 @@ def interleaved(
             samples[name] = []
         except Exception as error:  # a contestant's failure is a result, whatever its type
             results[name] = one_line(error)
-    begin = time.perf_counter()
+    begin, turns = time.perf_counter(), itertools.count()
     for i in range(repetitions):
         if i >= 3 and time.perf_counter() - begin > seconds:
             break
@@ -95,7 +102,7 @@ def interleaved(
         turn = i % max(1, len(names))
         for name in names[turn:] + names[:turn]:
             try:
-                samples[name].append(clock(calls[name], i))
+                samples[name].append(clock(calls[name], next(turns)))
             except Exception as error:
                 results[name] = one_line(error)
                 del samples[name]
@@ -156,10 +163,32 @@ def graphed(run: Callable[[], Any], count: int = 20, warm_ups: int = 3) -> Call:
         for _ in range(warm_ups):
             run()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run() for _ in range(count)]
+    graph, kept = captured(lambda: [run() for _ in range(count)])
     return Call(lambda _, keep=kept: graph.replay(), count=count)
+
+
+def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """`run` in a CUDA graph, and what it returned; whatever it raises leaves nothing behind that others would meet.
+
+    Where a capture fails, torch does not come to putting back the current stream, and the random generator goes on
+    recording: every later launch or random number of the process would fail.
+    """
+    stream, generator = torch.cuda.current_stream(), torch.cuda.default_generators[torch.cuda.current_device()]
+    before, graph = generator.clone_state(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = run()
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(before)
+        raise
+    return graph, kept
+
+
+def copies_beyond_caches(tensor: Tensor) -> list[Tensor]:
+    """The tensor and as many copies of it as fill several last-level caches (at most MOST_COPIES)."""
+    count = -(-CACHES[tensor.device.type] // max(1, tensor.nbytes))
+    return [tensor, *(tensor.clone() for _ in range(min(count, MOST_COPIES) - 1))]
 
 
 def keep_freed_memory(keep: bool) -> bool:
@@ -233,7 +262,8 @@ def matmul_tflops(device: torch.device, size: int | None = None, repetitions: in
     """
     size = size or CANARY_SIZE[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    make = torch.Generator(device=device).manual_seed(0)  # its own: a contestant may have broken the default one
+    a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=make) for _ in range(2))
     calls = {"torch.mm": Call(lambda _: torch.mm(a, b.t()))}
     if device.type == "cpu":
         calls["oneDNN"] = Call(lambda _: project(a, b, dtype))
@@ -244,10 +274,10 @@ def matmul_tflops(device: torch.device, size: int | None = None, repetitions: in
     return 2 * size**3 / min(measured) / 1e9
 
 
-def copy_gb_s(device: torch.device, size: int | None = None, repetitions: int = 5) -> float:
-    """Bandwidth of a large copy, bytes read plus bytes written."""
-    size = size or (1 << 32 if device.type == "cuda" else 1 << 28)
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+def copy_gb_s(device: torch.device, size: int, repetitions: int = 5) -> float:
+    """Bandwidth of a copy of `size` bytes, bytes read plus bytes written."""
+    make = torch.Generator(device=device).manual_seed(0)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(generator=make)
     target = torch.empty_like(source)
     times = interleaved({"copy": Call(lambda _: target.copy_(source))}, device, repetitions)["copy"]
     if isinstance(times, str):
@@ -256,8 +286,8 @@ def copy_gb_s(device: torch.device, size: int | None = None, repetitions: int = 
 
 
 def ceilings(device: torch.device, quick: bool = False) -> Ceilings:
-    """Measured now; `after` adds the canary's second reading."""
+    """Measured now; `Report` adds later readings."""
     size = CANARY_SIZE[device.type]
     kind = "bfloat16" if device.type == "cuda" else "float32"
-    small = 1 << 26 if quick and device.type == "cpu" else None
-    return Ceilings(copy_gb_s(device, small), matmul_tflops(device), None, f"{size}^3 {kind}")
+    copied = 1 << 32 if device.type == "cuda" else 1 << 26 if quick else 1 << 28
+    return Ceilings(copy_gb_s(device, copied), matmul_tflops(device), copied, f"{size}^3 {kind}")

@@ -24,7 +24,19 @@ from benchmarks import measure
 from benchmarks.measure import Call, graphed, interleaved, one_line
 from benchmarks.peers import own_backends
 from benchmarks.problems import relative_error
-from benchmarks.report import TIME_COLUMNS, Column, Report, Row, common_parser, set_up, small, timed, wanted
+from benchmarks.report import (
+    TIME_COLUMNS,
+    Column,
+    Report,
+    Row,
+    absent,
+    common_parser,
+    in_part,
+    set_up,
+    small,
+    timed,
+    wanted,
+)
 
 MODES = ("both", "graph")
 COLUMNS = (
@@ -147,8 +159,9 @@ def run_contest(
     modes: Sequence[str],
     repetitions: int,
     seconds: float,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """All rows of one table."""
+    """All rows of one table; `keep` gets those so far after each mode."""
     device = batch.logp.device
     truth = plain_step(plain_loss, batch, torch.float64)
     rows: list[Row] = []
@@ -177,6 +190,7 @@ def run_contest(
                 rows.append({"provider": name, "mode": mode, "error": one_line(error)})
         times = interleaved(calls, device, repetitions, seconds)
         rows += [{"provider": name, "mode": mode, **timed(t), **errors[name]} for name, t in times.items()]
+        keep(rows)
     return rows
 
 
@@ -198,14 +212,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "graph" in modes and not gpu:
         raise SystemExit("--modes graph: there is no CUDA device")
     report = Report("policy_loss", device, measure.ceilings(device, args.quick), args.out, NOTE)
-    for tokens in args.tokens or ((4096, 65536, 1 << 20) if args.full else (65536,) if gpu else (8192,)):
+    sizes = args.tokens or ((4096, 65536, 1 << 20) if args.full else (65536,) if gpu else (8192,))
+    for tokens in in_part(sizes, args.part):
         batch = make_batch(tokens, args.sequences, device)
-        steps, absent = providers(device)
+        steps, missing = providers(device)
         steps = {name: step for name, step in steps.items() if wanted(name, args.providers)}
-        rows = run_contest(batch, steps, modes, args.repetitions, args.seconds)
-        rows += [{"provider": name, "error": why} for name, why in absent.items() if wanted(name, args.providers)]
+        if args.quick and gpu and not args.providers:
+            del steps["compile"]  # compiling costs more than the rest together
+        title = f"T={tokens}, {args.sequences} sequences, 80% of tokens trained"
         facts = {"problem": {"tokens": tokens, "sequences": args.sequences, "dtype": "float32"}}
-        report.add(f"T={tokens}, {args.sequences} sequences, 80% of tokens trained", facts, COLUMNS, rows)
+        rows = run_contest(
+            batch, steps, modes, args.repetitions, args.seconds,
+            lambda rows, title=title, facts=facts: report.keep(title, facts, rows),
+        )  # fmt: skip
+        rows += [absent(name, why) for name, why in missing.items() if wanted(name, args.providers)]
+        report.add(title, facts, COLUMNS, rows)
     report.finish()
     return 0
 

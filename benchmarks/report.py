@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Ceilings, Times, keep_freed_memory, matmul_tflops
+from benchmarks import measure
+from benchmarks.measure import Ceilings, Times, keep_freed_memory
 from benchmarks.provenance import provenance, write_results
 
 Row = dict[str, Any]
 BUSY = 1.5  # load average before the start from which the closing lines say so
+STEADY = 0.9  # two readings of a ceiling that differ by more give no share of it
 
 
 class Column(NamedTuple):
@@ -76,7 +78,11 @@ def device_name(device: torch.device) -> str:
 
 
 class Report:
-    """The tables of one script: printed one by one, and written to `out` after each, so that a stop loses little."""
+    """The tables of one script: printed one by one, and written to `out` after each, so that a stop loses little.
+
+    A table's shares of a ceiling ("roofline") are of the larger of two readings, before and after its contest; where
+    these differ by more than a tenth, the machine had other work, and the table has no shares.
+    """
 
     def __init__(self, op: str, device: torch.device, ceilings: Ceilings, out: Path | None, note: str = "") -> None:
         self.op, self.device, self.out, self.note = op, device, out, note
@@ -90,7 +96,8 @@ class Report:
         self, problem: str, facts: Row, columns: Sequence[Column], rows: list[Row], notes: Sequence[str] = ()
     ) -> None:
         """Print one table under its title, with the notes not yet said below it, and save everything so far."""
-        title = f"{self.op} on {device_name(self.device)}: {problem}"
+        notes = [*notes, *self._add_shares(rows)]
+        title = self._title(problem)
         self.tables.append({"title": title, **facts, "rows": [plain(row) for row in rows], "notes": list(notes)})
         self._console.print()
         self._console.print(title)
@@ -102,13 +109,19 @@ class Report:
         self._said.update(notes)
         self.save()
 
+    def keep(self, problem: str, facts: Row, rows: list[Row]) -> None:
+        """Save a table whose contest is not over, without printing it."""
+        table = {"title": self._title(problem), **facts, "rows": [plain(row) for row in rows], "unfinished": True}
+        self.save([*self.tables, table])
+
     def finish(self) -> None:
-        """The canary's second reading, the closing line, the file."""
+        """The ceilings' last reading, the closing line, the file."""
+        self._read("copy_gb_s")
+        self._read("matmul_tflops")
         c = self._ceilings
-        self._ceilings = dataclasses.replace(c, matmul_tflops_after=matmul_tflops(self.device))
         self._console.print(
-            f"\nceilings measured here: copy {c.copy_gb_s:.4g} GB/s (read + write); {c.matmul} product "
-            f"{c.matmul_tflops:.3g} TFLOP/s before, {self._ceilings.matmul_tflops_after:.3g} after"
+            f"\nceilings measured here, before and after: copy {c.copy_gb_s:.4g} and {c.copy_gb_s_after:.4g} GB/s "
+            f"(read + write); {c.matmul} product {c.matmul_tflops:.3g} and {c.matmul_tflops_after:.3g} TFLOP/s"
         )
         if self._load > BUSY:
             self._console.print(f"the machine was busy with other work: load average {self._load:.1f} at the start")
@@ -118,7 +131,36 @@ class Report:
         if self.out:
             self._console.print(f"written: {self.out}")
 
-    def save(self) -> None:
+    def _title(self, problem: str) -> str:
+        return f"{self.op} on {device_name(self.device)}: {problem}"
+
+    def _read(self, ceiling: str) -> float:
+        """Measures a ceiling again; the first reading is kept beside it."""
+        copied = self._ceilings.copy_bytes
+        rates = {"copy_gb_s": lambda: measure.copy_gb_s(self.device, copied),
+                 "matmul_tflops": lambda: measure.matmul_tflops(self.device)}  # fmt: skip
+        self._ceilings = dataclasses.replace(self._ceilings, **{f"{ceiling}_after": rates[ceiling]()})
+        return getattr(self._ceilings, f"{ceiling}_after")
+
+    def _add_shares(self, rows: list[Row]) -> list[str]:
+        """Each row's "roofline"; a note in their place where the ceiling was not steady."""
+        notes = []
+        for key, ceiling in (("tflops", "matmul_tflops"), ("gb_s", "copy_gb_s")):
+            rated = [row for row in rows if key in row]
+            if not rated:
+                continue
+            last = getattr(self._ceilings, f"{ceiling}_after")
+            before = getattr(self._ceilings, ceiling) if last is None else last
+            after = self._read(ceiling)
+            if min(before, after) < STEADY * max(before, after):
+                unit = {"tflops": "TFLOP/s", "gb_s": "GB/s"}[key]
+                notes.append(f"no shares of a ceiling that read {before:.3g} {unit} before and {after:.3g} after")
+                continue
+            for row in rated:
+                row["roofline"] = row[key] / max(before, after)
+        return notes
+
+    def save(self, tables: Sequence[dict[str, Any]] | None = None) -> None:
         """Write all tables with their provenance, if a file was asked for."""
         if self.out is None:
             return
@@ -128,7 +170,7 @@ class Report:
             "load_average_at_start": self._load,
             "ceilings": dataclasses.asdict(self._ceilings),
             "note": self.note,
-            "tables": self.tables,
+            "tables": self.tables if tables is None else tables,
         }
         write_results(self.out.stem, results, self.out.parent)
 
@@ -178,6 +220,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60.0, help="bound of one contest, after three repetitions")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/K", help="every K-th table from the I-th on")
     parser.add_argument("--out", type=Path, help="results as JSON")
     return parser
 
@@ -202,6 +245,28 @@ def wanted(name: str, providers: Sequence[str] | None) -> bool:
     if not providers:
         return True
     return any(name.startswith("autotool" if p == "ours" else p) for p in providers)
+
+
+def part(text: str) -> tuple[int, int]:
+    """The text 2/8 as (2, 8)."""
+    try:
+        index, count = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a part is two numbers like 2/8: got {text!r}") from None
+    if not 1 <= index <= count:
+        raise argparse.ArgumentTypeError(f"a part I/K has 1 <= I <= K: got {text!r}")
+    return index, count
+
+
+def in_part(problems: Iterable[Any], chosen: tuple[int, int]) -> list[Any]:
+    """The problems of a part."""
+    index, count = chosen
+    return list(problems)[index - 1 :: count]
+
+
+def absent(name: str, why: str) -> Row:
+    """The row of a contestant that cannot run here, which is no failure."""
+    return {"provider": name, "error": why, "absent": True}
 
 
 def shape_pair(text: str) -> tuple[int, int]:

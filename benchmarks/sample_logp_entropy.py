@@ -3,10 +3,10 @@
     python -m benchmarks.sample_logp_entropy [--quick | --full] [--vocab 151936] [--batch 1 64 512] [--out FILE]
 
 GB/s counts one read of the logits, which is all that the op needs, the same for everybody; the next column divides it
-by the bandwidth of a large copy measured here. Inputs rotate through copies of the logits larger than the caches.
-Modes: nograd (as called) and graph (inside a CUDA graph of 20 calls on rotating inputs; a GPU only). Errors are those
-of log-prob and entropy at the token that was drawn, against float64; whether tokens follow the distribution is for the
-tests.
+by the bandwidth of a large copy measured here. Inputs rotate through as many copies of the logits as fill several
+last-level caches. Modes: nograd (as called) and graph (inside a CUDA graph of one call on each copy, 20 at least; a GPU
+only). Errors are those of log-prob and entropy at the token that was drawn, against float64; whether tokens follow the
+distribution is for the tests.
 """
 
 from __future__ import annotations
@@ -23,13 +23,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import measure
-from benchmarks.logits_logp_entropy import CACHES
 from benchmarks.measure import Call, graphed, interleaved, one_line
 from benchmarks.peers import own_backends
 from benchmarks.problems import make_problem, max_error
-from benchmarks.report import TIME_COLUMNS, Column, Report, Row, common_parser, percent, set_up, small, timed, wanted
+from benchmarks.report import (
+    TIME_COLUMNS,
+    Column,
+    Report,
+    Row,
+    absent,
+    common_parser,
+    in_part,
+    percent,
+    set_up,
+    small,
+    timed,
+    wanted,
+)
 
 MODES = ("nograd", "graph")
+LEAST_CALLS = 20  # of a CUDA graph, so that its own cost is shared
+NOT_CAPTURED = {"eager": "not in a CUDA graph: torch.multinomial reads a number back from the device"}
 COLUMNS = (
     *(column for column in TIME_COLUMNS if column.key != "gradients"),
     Column("gb_s", "GB/s", lambda x: f"{x:.4g}"),
@@ -85,9 +99,13 @@ def samplers(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Sample
 
 
 def run_contest(
-    copies: list[Tensor], found: dict[str, Sampler], modes: Sequence[str], args: argparse.Namespace, copy_gb_s: float
+    copies: list[Tensor],
+    found: dict[str, Sampler],
+    modes: Sequence[str],
+    args: argparse.Namespace,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """All rows of one table."""
+    """All rows of one table; `keep` gets those so far after each mode."""
     logits = copies[0]
     device, batch = logits.device, logits.shape[0]
     seed = torch.arange(batch, device=device)
@@ -113,17 +131,21 @@ def run_contest(
             if mode == "nograd":
                 calls[name] = Call(lambda z, sample=sample: sample(z, seed, offset), lambda i: copies[i % len(copies)])
                 continue
+            if name in NOT_CAPTURED:
+                rows.append({"provider": name, "mode": mode, "error": NOT_CAPTURED[name]})
+                continue
             try:
                 turn = itertools.cycle(copies)
-                calls[name] = graphed(lambda sample=sample, turn=turn: sample(next(turn), seed, offset))
+                draw = lambda sample=sample, turn=turn: sample(next(turn), seed, offset)  # noqa: E731
+                calls[name] = graphed(draw, max(LEAST_CALLS, len(copies)))
             except Exception as error:  # a sampler that cannot be captured says so
                 rows.append({"provider": name, "mode": mode, "error": one_line(error)})
         for name, result in interleaved(calls, device, args.repetitions, args.seconds).items():
             row: Row = {"provider": name, "mode": mode, **timed(result), **errors[name]}
             if "ms" in row:
                 row["gb_s"] = logits.nbytes / row["ms"] / 1e6
-                row["roofline"] = row["gb_s"] / copy_gb_s
             rows.append(row)
+        keep(rows)
     return rows
 
 
@@ -146,26 +168,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = args.modes or (MODES if gpu else ("nograd",))
     if "graph" in modes and not gpu:
         raise SystemExit("--modes graph: there is no CUDA device")
-    ceilings = measure.ceilings(device, args.quick)
-    report = Report("sample_logp_entropy", device, ceilings, args.out, NOTE)
+    report = Report("sample_logp_entropy", device, measure.ceilings(device, args.quick), args.out, NOTE)
     vocabs = args.vocab or ((152064, 151936, 32000) if args.full else (151936,) if gpu or not args.quick else (8192,))
     batches = args.batch or ((1, 16, 64, 512) if args.full else (64, 512) if gpu else (16,))
-    for vocab, batch in itertools.product(vocabs, batches):
+    for vocab, batch in in_part(itertools.product(vocabs, batches), args.part):
         problem = make_problem(batch, 128, vocab, torch.float32, device, "peaked")
         logits = (problem.hidden @ problem.weight.t()).to(dtype)
-        count = max(1, min(8, -(-CACHES[device.type] // logits.nbytes)))
-        copies = [logits, *(logits.clone() for _ in range(count - 1))]
-        found, absent = samplers(device, dtype)
+        copies = measure.copies_beyond_caches(logits)
+        found, missing = samplers(device, dtype)
         found = {name: f for name, f in found.items() if wanted(name, args.providers)}
-        rows = run_contest(copies, found, modes, args, ceilings.copy_gb_s)
-        rows += [{"provider": name, "error": why} for name, why in absent.items() if wanted(name, args.providers)]
+        if args.quick and gpu and not args.providers:
+            del found["compile"]  # compiling costs more than the rest together
         name = str(dtype).removeprefix("torch.")
+        title = f"B={batch} V={vocab} {name}, peaked rows"
         facts = {"problem": {"batch": batch, "vocab": vocab, "dtype": name, "data": "peaked"}}
+        rows = run_contest(
+            copies, found, modes, args, lambda rows, title=title, facts=facts: report.keep(title, facts, rows)
+        )
+        rows += [absent(name, why) for name, why in missing.items() if wanted(name, args.providers)]
         notes = [
-            f"inputs rotate through {count} copies of {logits.nbytes / 1e6:.1f} MB",
+            f"inputs rotate through {len(copies)} copies of {logits.nbytes / 1e6:.1f} MB",
             "eager: torch.multinomial of a float32 softmax; compile: torch.compile of an argmax over exponential noise",
         ]
-        report.add(f"B={batch} V={vocab} {name}, peaked rows", facts, COLUMNS, rows, notes)
+        report.add(title, facts, COLUMNS, rows, notes)
     report.finish()
     return 0
 

@@ -9,8 +9,6 @@
 namespace autotool {
 namespace {
 
-constexpr int64_t kRingBytes = 1 << 16;  // shorter rows are streamed: the ring pays two barriers per row
-
 // Clusters of `blocks` that the device holds at once; 0 if the ring does not fit. Asked once per device.
 template <typename T>
 int resident_clusters(int device, int blocks) {
@@ -65,8 +63,7 @@ void logits_forward(
         static_cast<const T*>(logits.const_data_ptr()), rows, vocab, logits.stride(0), logits.stride(1),
         make_integers(target, "target"), ignore_index, make_scale(temperature, row_temperature),
         {data<float>(logp), data<float>(entropy), data<float>(row_max), data<float>(log_sum)}};
-    const bool wide = is_wide(logits);
-    const int blocks = wide && vocab * static_cast<int64_t>(sizeof(T)) >= kRingBytes ? ring_blocks<T>(vocab) : 0;
+    const int blocks = fits_ring(p.logits, vocab, p.stride_n, p.stride_v) ? ring_blocks<T>(vocab) : 0;
     const int clusters = blocks > 0 ? resident_clusters<T>(device, blocks) : 0;
     if (clusters > 0)
       launch(
@@ -74,8 +71,8 @@ void logits_forward(
           false, p, ring_part(vocab, blocks, kVector<T>));
     else
       launch(
-          wide ? stream_forward<T, true> : stream_forward<T, false>, rows, kThreads, kWarps * sizeof(Stats), device, 0,
-          false, p);
+          is_wide(logits) ? stream_forward<T, true> : stream_forward<T, false>, rows, kThreads,
+          kWarps * sizeof(Stats), device, 0, false, p);
   });
 }
 

@@ -3,8 +3,9 @@
 // A forward needs one read of the logits either way. `ring_forward` keeps a row in the shared memory of a thread-block
 // cluster (a bfloat16 row of 152064 in two blocks) while the copy engine brings in the next one: the maximum is known
 // before the first exponential, so nothing is ever rescaled, and no thread waits for memory. `stream_forward` keeps
-// running statistics in registers instead: sm_80, rows of another alignment or stride, short rows. A row is not held
-// over to its backward: the upstream gradients depend on the outputs of whole sequences.
+// running statistics in registers instead: sm_80, rows of another alignment or stride, short rows. The two add up a row
+// in different orders, so the number of rows has no say in which one runs. A row is not held over to its backward: the
+// upstream gradients depend on the outputs of whole sequences.
 #pragma once
 
 #include "common.cuh"
@@ -75,6 +76,17 @@ constexpr int kChunkBytes = 16384;
 constexpr int kSlots = 13;  // chunks of shared memory: a block's part of the row, and the beginning of the next
 constexpr int kPartChunks = 10;  // so much of a row a block takes at most
 constexpr int kMaxCluster = 8;
+constexpr int64_t kRingBytes = 1 << 16;  // shorter rows are streamed: the ring pays two barriers per row
+
+// Whether rows may take the ring. The stride counts even where there is one row, or a row of a batch would take the
+// ring by itself and not among the others.
+template <typename T>
+inline bool fits_ring(const T* rows, int64_t vocab, int64_t stride_n, int64_t stride_v) {
+  const auto whole = [](int64_t bytes) { return bytes % 16 == 0; };
+  const int64_t item = static_cast<int64_t>(sizeof(T));
+  return vocab * item >= kRingBytes && whole(vocab * item) && whole(stride_n * item) && stride_v == 1 &&
+         whole(static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows)));
+}
 
 struct RingShared {
   unsigned char slots[kSlots][kChunkBytes];
@@ -90,7 +102,8 @@ inline int64_t ring_part(int64_t vocab, int blocks, int vector) {
 }
 
 #ifdef AUTOTOOL_CLUSTERS
-// A persistent cluster per row at a time; block `rank` has columns rank * part .. (rank + 1) * part.
+// A persistent cluster per row at a time; block `rank` has columns rank * part .. (rank + 1) * part, whole vectors and
+// at least one.
 template <typename T>
 __device__ void ring_rows(const LogitsForward<T>& p, int64_t part) {
   RingShared& shared = *reinterpret_cast<RingShared*>(shared_memory());
@@ -98,8 +111,7 @@ __device__ void ring_rows(const LogitsForward<T>& p, int64_t part) {
   const int tid = static_cast<int>(threadIdx.x), rank = cluster_rank(), blocks = cluster_blocks();
   const int64_t cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
   const int64_t first = rank * part, columns = (first + part < p.vocab ? first + part : p.vocab) - first;
-  // Whole vectors come by bulk copy, the few columns after them by ordinary loads.
-  const int64_t vectors = columns / kVector<T>, rest = columns % kVector<T>;
+  const int64_t vectors = columns / kVector<T>;
   constexpr int kChunkVectors = kChunkBytes / 16;
   const int chunks = static_cast<int>((vectors + kChunkVectors - 1) / kChunkVectors);
   const auto chunk_vectors = [&](int chunk) {
@@ -111,7 +123,7 @@ __device__ void ring_rows(const LogitsForward<T>& p, int64_t part) {
   int64_t load_row = cluster;
   int load_chunk = 0, load_slot = 0;
   const auto load_next = [&] {
-    while (load_row < p.rows && (chunks == 0 || p.target.at(load_row) == p.ignore_index)) load_row += clusters;
+    while (load_row < p.rows && p.target.at(load_row) == p.ignore_index) load_row += clusters;
     if (load_row >= p.rows) return;
     const T* from = p.row(load_row).start + first + static_cast<int64_t>(load_chunk) * kChunkVectors * kVector<T>;
     arrivals[load_slot].load(shared.slots[load_slot], from, static_cast<uint32_t>(chunk_vectors(load_chunk)) * 16);
@@ -137,10 +149,8 @@ __device__ void ring_rows(const LogitsForward<T>& p, int64_t part) {
     }
     const Row<const T> row = p.row(n);
     const float inverse_t = 1.f / p.temperature.at(n), scale = inverse_t * kLog2E;
-    const float last = tid < rest ? to_float(row.start[first + vectors * kVector<T> + tid]) : kNegInf;
 
     Stats mine;
-    mine.m = last;
     int at = slot;
     uint32_t phase = parity;
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -160,7 +170,6 @@ __device__ void ring_rows(const LogitsForward<T>& p, int64_t part) {
     for (int w = 0; w < kWarps; ++w) mine.m = w == 0 ? shared.maxima[0] : fmaxf(mine.m, shared.maxima[w]);
 
     const float base = Stats::base_of(mine.m);
-    mine.add(last, base, scale);  // -inf adds nothing
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const uint4* const data = reinterpret_cast<const uint4*>(shared.slots[slot]);
       for (int v = tid; v < chunk_vectors(chunk); v += kThreads) {

@@ -44,6 +44,15 @@ void emulate_logits_forward(
   });
 }
 
+int emulate_fits_ring(int item, const void* logits, int64_t vocab, int64_t stride_n, int64_t stride_v) {
+  int fits = 0;
+  for_type(item, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    fits = fits_ring(static_cast<const T*>(logits), vocab, stride_n, stride_v);
+  });
+  return fits;
+}
+
 void emulate_logits_backward(
     int item, const float* grad_logp, const float* grad_entropy, const void* logits, int64_t rows, int64_t vocab,
     int64_t stride_n, int64_t stride_v, const int64_t* target, int64_t ignore_index, float temperature,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from autotool_kernels import machine_code
 from kernels_offline import Problem
 
 
@@ -16,6 +17,15 @@ def _spilling(x, out, SIZE: tl.constexpr):
     for step in range(1, 9):
         total = total * tl.load(x + step * SIZE + offsets) + total
     tl.store(out + offsets, total)
+
+
+@triton.jit
+def _crowded(x, out, SIZE: tl.constexpr, PROGRAMS: tl.constexpr):
+    """32 warps that need more than 32 registers per thread: two such programs do not fit on a multiprocessor."""
+    offsets = tl.program_id(0) + tl.arange(0, SIZE)
+    values = tl.load(x + offsets)
+    more = tl.load(x + SIZE + offsets)
+    tl.store(out + offsets, values * tl.sum(values * more, 0) + more * tl.sum(more, 0))
 
 
 @triton.jit
@@ -52,10 +62,12 @@ def problems() -> list[Problem]:
     def new(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    crowded = 2 * machine_code.MULTIPROCESSORS[90]
     x, square, out = new(9, 8192, dtype=torch.float32), new(64, 64), new(64, 64, dtype=torch.float32)
     wide, result = new(128, 4096), new(128, 128, dtype=torch.float32)
     return [
         Problem("spilling", lambda: _spilling[(1,)](x, x, SIZE=8192, num_warps=1), (90,)),
+        Problem("crowded", lambda: _crowded[(crowded,)](x, x, SIZE=16384, PROGRAMS=crowded, num_warps=32), (90,)),
         Problem("half a warpgroup", lambda: _product[(1,)](square, square, out, False, 64, num_warps=2), (90,)),
         Problem("float32 product", lambda: _product[(1,)](square, square, out, True, 32), (80,)),
         Problem("greedy", lambda: _greedy[(1,)](wide, wide, result, 4096, 128), (90,)),

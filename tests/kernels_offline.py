@@ -38,8 +38,13 @@ class Problem(NamedTuple):
     architectures: tuple[int, ...] = MAIN
 
 
-def linear(h: int, v: int, n: int, dtype: str, store_rows: int = 0, **head) -> Callable[[], None]:
-    """Forward and backward of the linear op: a recomputed backward, or one that also reads stored logits."""
+def linear(
+    h: int, v: int, n: int, dtype: str, store_rows: int = 0, weight_sum: bool = False, **head
+) -> Callable[[], None]:
+    """Forward and backward of the linear op: a recomputed backward, or one that also reads stored logits.
+
+    `weight_sum`: dW is added to a sum, as in the chunked step.
+    """
 
     def run():
         import torch
@@ -55,8 +60,9 @@ def linear(h: int, v: int, n: int, dtype: str, store_rows: int = 0, **head) -> C
         stats, store = triton_linear.linear_forward(hidden, weight, target, options, store_rows * v * 3)
         grads = new(n, kind="float32"), new(n, kind="float32")
         triton_linear.linear_backward(
-            *grads, hidden, weight, target, stats, store, options, need_bias=options.bias is not None
-        )
+            *grads, hidden, weight, target, stats, store, options, need_bias=options.bias is not None,
+            weight_sum=new(v, h, kind="float32") if weight_sum else None,
+        )  # fmt: skip
 
     return run
 
@@ -113,7 +119,10 @@ def problems() -> list[Problem]:
     Not every size on every architecture: a cold run should stay within some minutes of two cores.
     """
     h, v = HEADS["0.5b"]
+    ragged = 4096, 128259  # a vocabulary that ends inside a group of 128 columns
     options = {"bias": "bfloat16", "logit_scale": 0.5, "softcap": 30.0, "row_temperature": "float32"}
+    stored = {"store_rows": 4096, "weight_sum": True}
+    options32 = {**options, "bias": "float32"}
     out = [
         Problem("linear 0.5b N8192 bf16", linear(h, v, 8192, "bfloat16"), MAIN + SECONDARY),
         Problem("linear 7b N8192 bf16", linear(*HEADS["7b"], 8192, "bfloat16")),
@@ -124,6 +133,29 @@ def problems() -> list[Problem]:
         Problem("linear 0.5b N8192 bf16 all options", linear(h, v, 8192, "bfloat16", **options)),
         Problem("linear 0.5b N8192 bf16 half stored", linear(h, v, 8192, "bfloat16", store_rows=4096), (80, 90)),
         Problem("linear H897 N8192 bf16", linear(897, v, 8192, "bfloat16")),  # rows TMA cannot address
+        # Every class of tile with its heaviest epilogues: stored logits with options, with missing columns, with both.
+        Problem("linear 7b N8192 bf16 half stored", linear(*HEADS["7b"], 8192, "bfloat16", **stored)),
+        Problem("linear 7b N8192 bf16 softcap", linear(*HEADS["7b"], 8192, "bfloat16", softcap=30.0)),
+        Problem("linear 7b N8192 bf16 options, stored", linear(*HEADS["7b"], 8192, "bfloat16", **stored, **options)),
+        Problem("linear H2048 N8192 bf16 softcap, stored", linear(2048, v, 8192, "bfloat16", **stored, softcap=30.0)),
+        Problem("linear V128259 N8192 bf16", linear(*ragged, 8192, "bfloat16")),
+        Problem("linear V128259 N8192 bf16 stored", linear(*ragged, 8192, "bfloat16", **stored), MAIN + SECONDARY),
+        Problem(
+            "linear V128259 N8192 bf16 options, stored", linear(*ragged, 8192, "bfloat16", **stored, **options),
+            MAIN + SECONDARY,
+        ),
+        Problem("linear V128259 N8192 bf16 softcap", linear(*ragged, 8192, "bfloat16", softcap=30.0), (90,)),
+        Problem("linear V128259 N64 bf16 options, stored", linear(*ragged, 64, "bfloat16", 64, **options), (90,)),
+        Problem("linear V128259 H896 N8192 bf16 stored", linear(896, 128259, 8192, "bfloat16", **stored), (90,)),
+        Problem("linear V128259 H897 N8192 bf16 stored", linear(897, 128259, 8192, "bfloat16", **stored)),
+        Problem(
+            "linear V128259 H897 N8192 bf16 options, stored", linear(897, 128259, 8192, "bfloat16", **stored, **options)
+        ),
+        Problem("linear V128259 N8192 fp32 stored", linear(*ragged, 8192, "float32", **stored)),
+        Problem(
+            "linear V128259 N8192 fp32 options, stored", linear(*ragged, 8192, "float32", **stored, **options32),
+            MAIN + SECONDARY,
+        ),
         Problem("logits N8192 bf16", logits(8192, v, "bfloat16")),
         Problem("logits N4 bf16", logits(4, v, "bfloat16")),
         Problem("logits N8192 fp32 in place", logits(8192, v, "float32", inplace=True)),
@@ -173,7 +205,7 @@ def cases(chosen: list[Problem], architectures: set[int] | None = None) -> list[
                     launch.key,
                     {
                         "kernel": launch.name, "architecture": capability, "configuration": launch.configuration,
-                        "key": launch.key, "problems": [], "launch": launch,
+                        "key": launch.key, "problems": [], "programs": launch.programs, "launch": launch,
                     },
                 )  # fmt: skip
                 if problem.name not in case["problems"]:
@@ -245,7 +277,7 @@ def measure_all(work: list[dict], workers: int) -> Iterator[dict]:
             for _, case in pool.imap_unordered(_measure_index, range(len(work))):
                 if "figures" in case:
                     found = machine_code.Figures(**case["figures"])
-                    case["wrong"] = machine_code.shortcomings(found, case["architecture"])
+                    case["wrong"] = machine_code.shortcomings(found, case["architecture"], case["programs"])
                 else:
                     case["wrong"] = [case["error"]]
                 yield case

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import kernels_oracle
 import pytest
 import torch
-from autotool_kernels import chunked
+from autotool_kernels import chunked, dispatch
 from rich.console import Console
 
 from benchmarks import (
     checks,
-    gpu_check,
     linear_logp_entropy,
     logits_logp_entropy,
     measure,
@@ -42,7 +39,8 @@ SCRIPTS = {
 def small_ceilings(monkeypatch):
     """Canary and copy of a size that costs nothing; what they measure is tested by itself."""
     monkeypatch.setitem(measure.CANARY_SIZE, "cpu", 32)
-    monkeypatch.setattr(measure, "copy_gb_s", lambda device, size=None: 10.0)
+    monkeypatch.setattr(measure, "copy_gb_s", lambda device, size: 10.0)
+    monkeypatch.setitem(measure.CACHES, "cpu", 1 << 16)
     yield
     measure.keep_freed_memory(False)
 
@@ -54,7 +52,7 @@ def problem(data: str = "random", active: float = 1.0, zero: float = 0.0, n: int
 def contest(providers: list, modes=("both",), gradients=("logp+entropy",), case=None) -> dict[str, dict]:
     case = case or problem(active=0.55, zero=0.3)
     reference = problems.Reference(case)
-    rows = linear_logp_entropy.run_contest(case, reference, providers, modes, gradients, 2, 60.0, 0.1)
+    rows = linear_logp_entropy.run_contest(case, reference, providers, modes, gradients, 2, 60.0)
     return {row["provider"]: row for row in rows}
 
 
@@ -211,6 +209,20 @@ def test_every_peer_is_a_provider_or_says_why_not():
     assert any(p.name == "verl" and "--verl" in p.why for p in found if isinstance(p, Absent))
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="torch before 2.13")
+def test_torchs_own_op_gets_chunks_that_suit_the_device():
+    hows = {
+        dtype: next(p.how for p in peers.linear_peers(CPU, dtype) if p.name == "torch_lce")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert "chunks of 256 rows" in hows[torch.float32]
+    assert "automatic chunks" in hows[torch.bfloat16]
+    case = problem(n=300)  # more than a chunk
+    chosen = [p for p in peers.linear_peers(CPU, torch.float32) if p.name.startswith("torch_lce")]
+    rows = contest(chosen, gradients=("logp",), case=case)
+    assert all(rows[p.name]["dx"] < 1e-5 and rows[p.name]["dw"] < 1e-5 for p in chosen)
+
+
 def test_verl_is_loaded_from_its_files_without_its_package(tmp_path):
     folder = tmp_path / "verl" / "utils" / "kernel"
     folder.mkdir(parents=True)
@@ -264,6 +276,90 @@ def test_processor_time_is_that_of_the_work():
 
 def test_a_contest_ends_at_its_bound_but_not_before_three_repetitions():
     assert measure.interleaved({"a": measure.Call(lambda _: None)}, CPU, 50, seconds=0.0)["a"].repetitions == 3
+
+
+def test_no_contestant_gets_the_input_that_another_has_just_read():
+    seen: list[int] = []
+    calls = {name: measure.Call(seen.append) for name in "abc"}
+    measure.interleaved(calls, CPU, 4)
+    assert len(set(seen[3:])) == 12  # after one warm-up each
+
+
+def test_copies_fill_the_caches(monkeypatch):
+    """However small the input; up to a number."""
+    monkeypatch.setitem(measure.CACHES, "cpu", 1000)
+    for size, count in ((1, 1000), (300, 4), (1000, 1), (5000, 1)):
+        copies = measure.copies_beyond_caches(torch.ones(size, dtype=torch.uint8))
+        assert len(copies) == count
+        assert len({t.data_ptr() for t in copies}) == count
+    monkeypatch.setattr(measure, "MOST_COPIES", 7)
+    assert len(measure.copies_beyond_caches(torch.ones(1, dtype=torch.uint8))) == 7
+
+
+class FakeCapture:
+    """torch.cuda as a capture sees it: where it fails, the stream stays the capture's and the generator records on."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.recording = "user's", False
+        fakes = {
+            "current_stream": lambda: self.stream, "set_stream": lambda s: setattr(self, "stream", s),
+            "current_device": lambda: 0, "default_generators": [self], "CUDAGraph": object, "graph": self.graph,
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def clone_state(self) -> bool:
+        return self.recording
+
+    def graphsafe_set_state(self, state: bool) -> None:
+        self.recording = state
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.stream, self.recording = "capture's", True
+        try:
+            yield
+        except BaseException:
+            raise RuntimeError("capture_end: operation failed due to a previous error during capture") from None
+        self.stream, self.recording = "user's", False
+
+
+def test_a_failed_capture_leaves_stream_and_random_numbers_as_they_were(monkeypatch):
+    fake = FakeCapture(monkeypatch)
+    assert measure.captured(lambda: 5)[1] == 5
+    with pytest.raises(RuntimeError, match="previous error"):
+        measure.captured(lambda: 1 / 0)
+    assert (fake.stream, fake.recording) == ("user's", False)
+
+
+def test_ceilings_need_no_default_generator(monkeypatch):
+    """After a broken contestant it may refuse."""
+
+    def refuse(*_, generator=None, **__):
+        assert generator is not None
+        return true(*_, generator=generator, **__)
+
+    true = torch.randn
+    monkeypatch.setattr(torch, "randn", refuse)
+    assert measure.matmul_tflops(CPU, 16) > 0
+
+
+def test_a_sampler_that_stops_the_host_is_not_captured(monkeypatch):
+    captures = []
+    monkeypatch.setattr(
+        sample_logp_entropy, "graphed", lambda run, count: captures.append(count) or measure.Call(lambda _: run())
+    )
+    copies = [torch.randn(2, 50) for _ in range(33)]
+    args = sample_logp_entropy.parser().parse_args(["--repetitions", "1"])
+    found = {"eager": sample_logp_entropy.plain_sample, "other": sample_logp_entropy.plain_gumbel}
+    kept: list[list[dict]] = []
+    rows = sample_logp_entropy.run_contest(copies, found, ("nograd", "graph"), args, lambda r: kept.append(list(r)))
+    errors = {(r["provider"], r["mode"]): r.get("error") for r in rows}
+    assert captures == [33]  # a graph goes once through every copy
+    assert "torch.multinomial" in errors["eager", "graph"]
+    assert errors["other", "graph"] is None
+    assert errors["eager", "nograd"] is None
+    assert [len(r) for r in kept] == [2, 4]  # saved after each mode
 
 
 def test_peak_memory_is_that_of_the_call():
@@ -327,10 +423,53 @@ def test_a_table_writes_the_rows_numbers_and_marks_what_is_missing():
 
 def test_a_table_is_on_disk_as_soon_as_it_is_printed(tmp_path, capsys):
     out = tmp_path / "early.json"
-    written = report.Report("op", CPU, measure.Ceilings(1.0, 1.0, None, "x"), out)
+    written = report.Report("op", CPU, measure.Ceilings(1.0, 1.0, 1, "x"), out)
     written.add("first", {}, linear_logp_entropy.COLUMNS, [{"provider": "a", "ms": 1.0}])
     assert [t["rows"] for t in json.loads(out.read_text())["tables"]] == [[{"provider": "a", "ms": 1.0}]]
     assert "first" in capsys.readouterr().out
+
+
+def readings(monkeypatch, *values: float) -> None:
+    found = iter(values)
+    monkeypatch.setattr(measure, "matmul_tflops", lambda device: next(found))
+
+
+def rated(written: report.Report) -> dict:
+    written.add("a table", {}, linear_logp_entropy.COLUMNS, [{"provider": "a", "ms": 1.0, "tflops": 4.5}])
+    return written.tables[-1]
+
+
+def test_shares_are_of_the_larger_reading_and_left_out_where_the_ceiling_moved(monkeypatch, capsys):
+    written = report.Report("op", CPU, measure.Ceilings(1.0, 5.0, 1, "x"), None)
+    readings(monkeypatch, 4.8, 4.9, 2.0, 4.0)
+    assert rated(written)["rows"][0]["roofline"] == pytest.approx(4.5 / 5.0)
+    assert rated(written)["rows"][0]["roofline"] == pytest.approx(4.5 / 4.9)
+    for _ in range(2):
+        table = rated(written)
+        assert "roofline" not in table["rows"][0]
+        assert "no shares of a ceiling" in table["notes"][0]
+    assert "no shares of a ceiling that read 4.9 TFLOP/s before and 2 after" in capsys.readouterr().out
+
+
+def test_a_mode_is_on_disk_before_the_next_one_runs(tmp_path):
+    out = tmp_path / "early.json"
+    written = report.Report("op", CPU, measure.Ceilings(1.0, 1.0, 1, "x"), out)
+    written.add("first", {}, linear_logp_entropy.COLUMNS, [{"provider": "a", "ms": 1.0}])
+    written.keep("second", {}, [{"provider": "b", "ms": 2.0}])
+    found = json.loads(out.read_text())["tables"]
+    assert [t.get("unfinished", False) for t in found] == [False, True]
+    assert found[1]["rows"] == [{"provider": "b", "ms": 2.0}]
+    written.add("second", {}, linear_logp_entropy.COLUMNS, [{"provider": "b", "ms": 2.0}])
+    assert len(json.loads(out.read_text())["tables"]) == 2
+
+
+def test_parts_are_disjoint_and_together_everything():
+    gpu, parse = torch.device("cuda"), linear_logp_entropy.parser().parse_args
+    problems_of = lambda *part: report.in_part(linear_logp_entropy.cases(parse(["--full"]), gpu), part)  # noqa: E731
+    parts = [problems_of(i, 8) for i in range(1, 9)]
+    assert sorted(case for cases in parts for case in cases) == sorted(problems_of(1, 1))
+    assert max(map(len, parts)) == 5
+    assert parse(["--part", "2/8"]).part == (2, 8)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__.rpartition(".")[2])
@@ -366,6 +505,8 @@ def test_a_script_prints_the_table_that_it_writes_and_says_cpu(script, tmp_path,
         (["--shapes", "896"], "two numbers"),
         (["--shapes", "0x5"], "must be positive"),
         (["--active", "120"], "0 to 100"),
+        (["--part", "3"], "two numbers"),
+        (["--part", "3/2"], "1 <= I <= K"),
         (["--modes", "sideways"], "invalid choice"),
         (["--quick", "--full"], "not allowed with"),
     ],
@@ -419,6 +560,7 @@ def test_the_checks_pass_here_and_a_wrong_op_fails_them(monkeypatch):
     monkeypatch.setattr(checks, "REPEATS", 3)
     found = list(checks.run_checks(where))
     assert not [c for c in found if c.passed is False]
+    assert [c.passed for c in found if "chosen backend" in c.name] == [None] * 4
     assert sum(c.passed is True for c in found) >= 6
     assert [c.detail for c in found if c.name.startswith("CUDA graph")] == ["needs a GPU"] * 4
     true = checks.autotool_kernels.linear_logp_entropy
@@ -433,69 +575,10 @@ def test_the_checks_pass_here_and_a_wrong_op_fails_them(monkeypatch):
     assert not [name for name in failed if not name.startswith("linear accuracy")]
 
 
-def run_gpu_check(out: Path, *options: str, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(gpu_check.ROOT / "benchmarks" / "gpu_check.py"), "--out", str(out), *options]
-    paths = {"PYTHONPATH": f"{gpu_check.ROOT}{os.pathsep}{gpu_check.ROOT / 'kernels'}"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=os.environ | paths | env)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_runs_its_small_form_and_says_that_it_is_on_a_cpu(tmp_path):
-    done = run_gpu_check(tmp_path / "out", "--only", "tests", "accuracy", "policy")
-    assert done.returncode == 0, done.stdout + done.stderr
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["check.json", "policy_loss.json"]
-    record = json.loads((tmp_path / "out" / "check.json").read_text())
-    assert record["measured_on"].startswith("CPU")
-    assert [(o["section"], o["state"]) for o in record["summary"]] == [
-        ("tests", "not run"),
-        ("accuracy", "passed"),
-        ("policy", "passed"),
-    ]
-    assert len(record["accuracy"]) > 6
-    table = done.stdout[done.stdout.rindex("gpu_check on a CPU") :]
-    assert "accuracy     passed" in table
-    assert "policy_loss on CPU" in table
-
-
-def test_the_quick_budgets_fit_nine_minutes():
-    assert sum(gpu_check.BUDGETS.values()) <= gpu_check.QUICK_SECONDS < 540
-    assert set(gpu_check.BENCHMARKS) | set(gpu_check.SECTIONS) == set(gpu_check.BUDGETS)
-
-
-def test_a_section_that_hangs_or_dies_is_a_line(tmp_path, monkeypatch):
-    args = gpu_check.parser().parse_args(["--out", str(tmp_path)])
-    code, _ = gpu_check._run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
-    assert code is None
-    code, text = gpu_check._run([sys.executable, "-c", "import os; print('here'); os.abort()"], 30)
-    assert code == -6
-    assert "here" in text
-    monkeypatch.setattr(gpu_check, "_run", lambda command, seconds: (-11, "Segmentation fault"))
-    outcome, details = gpu_check._section("accuracy", args, 10)
-    assert (outcome.state, outcome.detail, details) == ("failed", "exit -11: Segmentation fault", None)
-    monkeypatch.setattr(gpu_check, "_run", lambda command, seconds: (None, ""))
-    assert gpu_check._section("accuracy", args, 10)[0].detail == "stopped after 10 s; until then: nothing"
-
-
-def test_a_benchmark_that_dies_is_repeated_with_ours_alone(tmp_path, monkeypatch):
-    commands = []
-
-    def run(command, seconds):
-        commands.append(command)
-        if len(commands) == 1:
-            return -11, "an illegal memory access"
-        out = Path(command[len(command) - 1 - command[::-1].index("--out") + 1])
-        rows = [{"provider": "autotool_triton", "ms": 1.0}, {"provider": "autotool_cuda", "error": "it cannot serve"}]
-        out.write_text(json.dumps({"tables": [{"rows": rows}]}))
-        return 0, ""
-
-    monkeypatch.setattr(gpu_check, "_run", run)
-    args = gpu_check.parser().parse_args(["--out", str(tmp_path)])
-    outcome = gpu_check._benchmark("logits", args, True, 100)
-    assert outcome.state == "passed"
-    assert "an illegal memory access" in outcome.detail
-    assert commands[1][-4:-2] == ["--providers", "ours"]
-    commands.clear()
-    assert gpu_check._benchmark("policy", args, True, 1).state == "failed"
-    assert len(commands) == 1
+def test_a_gpu_on_which_triton_does_not_serve_fails_the_checks(monkeypatch):
+    """The torch backend's results are right as well, so nothing else would show it."""
+    where = checks.Setting(torch.device("cuda"), torch.bfloat16, (), 0)
+    for name, passed in (("triton", True), ("torch", False)):
+        choice = dispatch.Choice(name, "why")
+        monkeypatch.setattr(checks.autotool_kernels, "choose", lambda *_, choice=choice, **__: choice)
+        assert checks._chosen("policy_loss", where).passed is passed

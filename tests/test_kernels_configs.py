@@ -65,7 +65,26 @@ def test_number_of_tokens_never_changes_the_bits_of_a_row(architecture):
         for dtype in (torch.bfloat16, torch.float32):
             choices = [configs.select(architecture, h, v, n, dtype) for n in (1, 16, 64, 65, 1000, 65536)]
             for version in (lambda c: c, configs.unaligned):
-                assert len({configs.bits_key(architecture, version(c).forward) for c in choices}) == 1
+                tiles = [version(c).forward for c in choices]
+                column_work = [[configs.for_column_work(architecture, t, m) for t in tiles] for m in (False, True)]
+                for same in (tiles, *column_work):
+                    assert len({configs.bits_key(architecture, t) for t in same}) == 1
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_work_per_column_leaves_registers_and_keeps_tuned_bits_together(architecture, missing):
+    """At most 64 products per thread, whatever was tuned; tiles that could share a file still give the same bits."""
+    shapes = [(r, c, w) for r in (64, 128, 256) for c in (128, 256) for w in (4, 8)]
+    tiles = [dataclasses.replace(TILE, rows=r, cols=c, warps=w, specialize=w == 4, programs=2) for r, c, w in shapes]
+    groups: dict = {}
+    for tile in tiles:
+        work = configs.for_column_work(architecture, tile, missing)
+        assert work.rows * work.cols <= 64 * 32 * work.warps
+        assert work.programs == 1
+        assert not work.specialize
+        groups.setdefault(configs.bits_key(architecture, tile), set()).add(configs.bits_key(architecture, work))
+    assert all(len(keys) == 1 for keys in groups.values())
 
 
 def test_few_tokens_take_a_lower_tile_on_sm_90():

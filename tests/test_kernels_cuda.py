@@ -219,9 +219,9 @@ def emulate_backward(lib, logits, target, stats, g, h, temperature=1.0, row_temp
     return out
 
 
-# Chunks of 16 KiB: 9001 float32 columns take two and a bit, 40000 in two blocks five each, so that seven rows go
-# round the ring of 13 slots; 1 and 5 columns have no whole vector.
-RINGS = [(7, 40000, 2, 1), (5, 9001, 1, 2), (3, 3000, 2, 1), (2, 5, 1, 1), (1, 1, 1, 1)]
+# Chunks of 16 KiB: 9004 float32 columns take two and a bit, 40000 in two blocks five each, so that seven rows go
+# round the ring of 13 slots.
+RINGS = [(7, 40000, 2, 1), (5, 9004, 1, 2), (3, 3000, 2, 1), (2, 4, 1, 1)]
 
 
 @pytest.mark.slow
@@ -250,6 +250,33 @@ def test_ring_does_not_depend_on_the_batch(emulated):
     for n in (0, 3):
         alone = emulate_forward(emulated, aligned(logits[n : n + 1], True), target[n : n + 1], cluster=2)
         assert torch.equal(whole[:, n : n + 1], alone)
+
+
+def as_launched(lib, logits, target):
+    """The statistics by the kernel that the launcher takes where there are clusters, and whether that is the ring."""
+    x = pointer(logits), *integers(logits.shape[1], *logits.stride())
+    ring = bool(lib.emulate_fits_ring(logits.element_size(), *x))
+    wide = logits.stride(1) == 1 and logits.data_ptr() % 16 == 0 and logits.stride(0) * logits.element_size() % 16 == 0
+    return emulate_forward(lib, logits, target, wide=wide, cluster=int(ring)), ring
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("odd", "padding"), [(0, 0), (0, 1), (0, 8), (5, 0), (5, 3), (5, 4)])
+def test_a_row_alone_takes_the_kernel_it_takes_in_a_batch(emulated, dtype, odd, padding):
+    """Lengths around the ring's least one; rows one after the other, or apart by a whole vector or less."""
+    v = (1 << 16) // dtype.itemsize + odd
+    base, target = logits_problem(3, v + padding, dtype)
+    batch, target = base[:, :v], target % v
+    whole, ring = as_launched(emulated, batch, target)
+    assert ring == (odd == 0 and padding in (0, 8))
+    for n in range(3):
+        row = batch[n : n + 1]  # begins on 16 bytes by chance where the others do not
+        copies = [row.clone()] if odd or not padding else []
+        for one in (row, *copies):
+            found, same = as_launched(emulated, one, target[n : n + 1])
+            assert same == ring
+            assert torch.equal(found, whole[:, n : n + 1])
 
 
 @pytest.mark.slow
@@ -418,8 +445,9 @@ def test_long_rows_on_a_device(backend, v, dtype):
     for _ in range(20):
         again = logits_logp_entropy(logits.detach(), target, temperature=0.8, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
-    alone = logits_logp_entropy(logits.detach()[rows], target[rows], temperature=0.8, backend=backend)
-    assert all(torch.equal(a[rows], b) for a, b in zip(out, alone, strict=True))
+    for part in (rows, rows[:1], rows[3:4]):  # one row: its stride no longer says how rows lie
+        alone = logits_logp_entropy(logits.detach()[part], target[part], temperature=0.8, backend=backend)
+        assert all(torch.equal(a[part], b) for a, b in zip(out, alone, strict=True))
 
 
 @pytest.mark.gpu

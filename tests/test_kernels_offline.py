@@ -77,6 +77,7 @@ def test_products_ask_for_tensor_cores(kernel, architecture):
     ("problem", "reason"),
     [
         ("spilling", "bytes per thread in local memory"),
+        ("crowded", "registers and shared memory: 1 of 2 programs with 1024 threads of "),
         ("half a warpgroup", "no wgmma instruction, but mma"),
         ("float32 product", "no mma instruction, but none of any kind"),
         ("greedy", "shared memory: "),

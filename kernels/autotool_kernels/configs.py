@@ -130,7 +130,9 @@ def defaults(architecture: str, hidden: int, vocab: int, tokens: int, dtype: tor
         # Three tf32 products per float32 product: mma.sync holds both halves of every operand in registers.
         lean = _generation(architecture) in (9, 10)
         tile = Tile(rows=64, cols=128, depth=32, warps=4 if lean else 8, stages=2, tma=lean, flatten=lean)
-        return LinearConfig(tile, tile, tile, tile)
+        # Beyond sm_100 the sums of dX and dW need what half of the columns leaves.
+        product = dataclasses.replace(tile, cols=64) if _generation(architecture) > 10 else tile
+        return LinearConfig(tile, tile, product, product)
     shared = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
     group = max(1, min(64, GROUP_BYTES // (128 * hidden * dtype.itemsize)))
     wide = Tile(rows=128, cols=256, depth=64, warps=8, stages=3, tma=True)
@@ -156,24 +158,35 @@ def defaults(architecture: str, hidden: int, vocab: int, tokens: int, dtype: tor
 def unaligned(config: LinearConfig) -> LinearConfig:
     """Takes the place of `config` where rows do not start and end on 16 bytes, e.g. with an odd row length.
 
-    Such rows go through registers, element by element if need be, and only a small tile has registers to spare.
+    Such rows go through registers, element by element if need be, and only a small tile has registers to spare: for
+    none of a flattened loop.
     """
-    tile = Tile(rows=64, cols=128, depth=32, warps=8, stages=3)
+    tile = Tile(rows=64, cols=128, depth=32, warps=8, stages=3, flatten=False)
     return dataclasses.replace(
         config, **{name: dataclasses.replace(tile, group=getattr(config, name).group) for name in KERNELS}
     )
 
 
-def for_column_work(architecture: str, tile: Tile) -> Tile:
-    """The forward's tile when its epilogue has values per column (bias, softcap, columns that are missing).
+def for_column_work(architecture: str, tile: Tile, missing: bool) -> Tile:
+    """The forward's tile when its epilogue has values per column: bias, softcap, or columns that are `missing`.
 
-    On tensor memory these cost a change of layout, for which a flattened loop has no registers left. Bit-neutral.
+    Such an epilogue has registers for 64 products per thread, not for 128, and for no second program. Where columns
+    are missing, stored rows start anywhere: their 16-bit stores cost an address each, which leaves room for 32 on
+    most architectures. On tensor memory, and with loads through pointers, a flattened loop takes what is left. The
+    same with and without a store, so that both give the same bits.
     """
-    return dataclasses.replace(tile, flatten=False) if _tensor_memory(architecture) else tile
+    if architecture == INTERPRETER:
+        return tile
+    rows = min(tile.rows, 128)
+    rows, warps = (64, 8) if missing and architecture not in ("sm_80", "sm_90") else (rows, max(tile.warps, rows // 16))
+    flatten = tile.flatten and tile.tma and not _tensor_memory(architecture)
+    return dataclasses.replace(
+        tile, rows=rows, cols=STORE_TILE, warps=warps, programs=1, flatten=flatten, specialize=False
+    )
 
 
 def _tensor_memory(architecture: str) -> bool:
-    return architecture != INTERPRETER and _generation(architecture) == 10
+    return _generation(architecture) == 10
 
 
 def _generation(architecture: str) -> int:

@@ -80,6 +80,12 @@ class Launch(NamedTuple):
         return " ".join([*sorted(types), *parts, f"warps={self.options.num_warps} stages={self.options.num_stages}"])
 
     @property
+    def programs(self) -> int:
+        """Programs per multiprocessor that a persistent kernel launches, and 1 for any other."""
+        constants = {list(self.signature)[path[0]]: value for path, value in self.constants.items()}
+        return max(1, constants.get("PROGRAMS", 1) // MULTIPROCESSORS.get(self.capability, MULTIPROCESSORS[90]))
+
+    @property
     def element_types(self) -> set[str]:
         """Floating-point element types behind the pointers and descriptors: "bf16", "fp16", "fp32"."""
         return {t for kind in self.signature.values() for t in re.findall(r"^(?:\*k?|tensordesc<)([bf]\w+)", str(kind))}
@@ -184,14 +190,17 @@ def figures(launch: Launch) -> Figures:
     )
 
 
-def shortcomings(figures: Figures, capability: int) -> list[str]:
-    """What must not ship, in words with numbers; empty if nothing."""
+def shortcomings(figures: Figures, capability: int, programs: int = 1) -> list[str]:
+    """What must not ship, in words with numbers; empty if nothing. `programs` must fit on a multiprocessor."""
     wrong = []
     accesses = figures.count(LOCAL)
     if figures.local_bytes or accesses:
         wrong.append(f"spills: {figures.local_bytes} bytes per thread in local memory, {accesses} STL/LDL")
     if figures.shared > SHARED_LIMIT[capability]:
         wrong.append(f"shared memory: {figures.shared} bytes of {SHARED_LIMIT[capability]}")
+    elif (together := resident(figures, capability)) < programs:
+        needs = f"{figures.threads} threads of {figures.registers} registers and {figures.shared} bytes"
+        wrong.append(f"registers and shared memory: {together} of {programs} programs with {needs} fit")
     if figures.tensor_memory > TENSOR_MEMORY_COLUMNS:
         wrong.append(f"tensor memory: {figures.tensor_memory} columns of {TENSOR_MEMORY_COLUMNS}")
     if figures.tensor_cores:

@@ -34,7 +34,7 @@ from .triton_rows import coefficients_kernel, gather_kernel, merge_kernel, order
 
 PARTIAL_BYTES = 64 << 20  # forward: statistics of one slab of rows
 DLOGITS_BYTES = 512 << 20  # backward: dL/dlogits of one slab of the vocabulary
-ORDER_BLOCK = 4096
+ORDER_BLOCK = 2048
 ROW_BLOCK, HIDDEN_BLOCK = 8, 512
 MERGE_ROWS, MERGE_TILES = 16, 64
 SLAB_STEP = 512
@@ -71,9 +71,10 @@ def linear_forward(
     if not n:
         return stats, store
     tile = _usable(config or select(device.architecture, depth, v, n, hidden.dtype), weight).forward
+    missing = v % STORE_TILE > 0
+    if head.softcap or head.bias is not None or missing:
+        tile = for_column_work(device.architecture, tile, missing)
     ragged = _ragged(v, tile)
-    if head.softcap or head.bias is not None or ragged == RAGGED_COLUMN.value:
-        tile = for_column_work(device.architecture, tile)
     order, _, counts = _order(target, head.ignore_index)
     column_tiles = triton.cdiv(v, tile.cols)
     slab = _even_slab(n, PARTIAL_BYTES // (12 * column_tiles), max(tile.rows, 128))
