@@ -7,6 +7,8 @@ is imported: the help text and every message appear at once.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import sys
 import typing
@@ -30,13 +32,28 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     options = _read_options(list(sys.argv[1:] if argv is None else argv))
     preset = next((values[0] for name, values in reversed(options) if name == "--preset"), "mini")
     arguments = [token for name, values in options for token in (name, *values)]
-    return tyro.cli(TrainConfig, args=arguments, default=load_preset(preset), prog=PROGRAM)
+    return tyro.cli(TrainConfig, args=arguments, default=load_preset(preset, _named(options)), prog=PROGRAM)
 
 
-def load_preset(name: str) -> TrainConfig:
+def _named(options: list[tuple[str, list[str]]]) -> dict[str, Any]:
+    """The options whose values are names (a model, data, stages), as nested settings."""
+    known, named = _known_options(), {}
+    for name, values in options:
+        kind = known[name]
+        items = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+        if name == "--preset" or not (items is str or typing.get_origin(items) is typing.Literal):
+            continue
+        section, _, leaf = name.lstrip("-").replace("-", "_").rpartition(".")
+        value = values if items is not kind else values[0]
+        _lay(named, {section: {leaf: value}} if section else {leaf: value})
+    return named
+
+
+def load_preset(name: str, given: dict[str, Any] | None = None) -> TrainConfig:
     """The settings of a preset: a name in `presets/`, or the path of a .toml file.
 
-    A preset may start from another with `extends = "name"`; its own settings come on top.
+    A preset may start from another with `extends = "name"`; its own settings come on top. One that needs `given`
+    settings from outside (a model) to be valid has them.
 
     Raises:
         UserError: no such preset, invalid TOML, an unknown key, a bad value, or presets that extend each other.
@@ -48,6 +65,12 @@ def load_preset(name: str) -> TrainConfig:
         try:
             config = from_dict({**values, "preset": name}, source=str(source))
         except UserError as error:
+            if given:
+                with contextlib.suppress(UserError):
+                    whole = copy.deepcopy({**values, "preset": name})
+                    _lay(whole, given)
+                    config = from_dict(whole)
+                    continue
             if error.where == str(source):
                 raise
             raise UserError(f"{error.where}: {error.what}", where=str(source), remedy=error.remedy) from None

@@ -46,6 +46,7 @@ class Shape:
     head_dim: int
     intermediate: int
     vocab: int
+    positions: int | None
 
 
 def shape_of(source: str) -> Shape | None:
@@ -84,6 +85,7 @@ def shape_of(source: str) -> Shape | None:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
         vocab=text.vocab_size,
+        positions=getattr(text, "max_position_embeddings", None),
     )
 
 
@@ -111,10 +113,17 @@ def estimate(shape: Shape, config: TrainConfig) -> dict[str, int]:
 
 
 def describe(config: TrainConfig) -> str:
-    """The estimate in one line, with what to do when the device has less."""
+    """The estimate in one line, with what to do when the device has less.
+
+    Raises:
+        UserError: see `shape_of`; or the model has fewer positions than the run is to use.
+    """
     shape = shape_of(config.model.path)
     if shape is None:
         return "not known before the model is downloaded"
+    if shape.positions is not None and config.model.max_positions > shape.positions:
+        problem = f"is beyond the {shape.positions} positions of the model"
+        raise UserError(problem, where="model.max_positions", remedy="lower it")
     parts = estimate(shape, config)
     total = sum(parts.values())
     detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)

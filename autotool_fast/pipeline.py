@@ -20,6 +20,7 @@ from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
 from autotool_fast.errors import UserError
 from autotool_fast.loop import Context, Optimizers, StageState, StepResult, run_steps, trapezoid
+from autotool_fast.policy import recompute_activations
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
 from autotool_fast.rl import rollout_limits
 from autotool_fast.rollout.engine import SlotEngine
@@ -27,6 +28,7 @@ from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.tiny import build_tokenizer
 from autotool_fast.warmup import Demonstration, sft_backward
 
+COMPLETE = "give a complete model folder, or a hub name on a machine that can reach the hub"
 MODEL_OF_STAGE: dict[Stage, str] = {"base": "base", "warmup": "warmup", "distill": "distilled", "rl": "rl"}
 
 
@@ -93,24 +95,21 @@ class Pipeline:
         """A model that an earlier stage saved, or (base) the pretrained one."""
         config = self.config.model
         if name == "base" and config.path:
-            return self._ready(load_model(config.path, config.dtype, where=f"model.path ({config.path})"))
+            return load_model(config.path, config.dtype, where=f"model.path ({config.path})").to(self.device)
         folder = self.run.model(name)
         if not (folder / "config.json").exists():
             stage = next(stage for stage, model in MODEL_OF_STAGE.items() if model == name)
             raise UserError("is missing", where=str(folder), remedy=f"run stage {stage} first")
-        return self._ready(load_model(folder, config.dtype))
+        return load_model(folder, config.dtype).to(self.device)
 
     def trainable(self, name: str) -> PreTrainedModel:
         """A model that an earlier stage saved, to be trained on: all of it, or an adapter beside it."""
         model = self.load(name)
         if self.config.lora.rank:
             adapters.add(model, self.config.lora, self.config.seed)
-        return model
-
-    def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         if self.config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.to(self.device)
+            recompute_activations(model)
+        return model
 
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Export a model as a Hugging Face folder, which is whole or absent; an adapter is merged into it first."""
@@ -194,7 +193,8 @@ def load_model(source: Path | str, dtype: str = "float32", *, where: str | None 
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"holds no model that can be loaded ({reason})", where=where or str(source)) from error
+        problem = f"holds no model that can be loaded ({reason})"
+        raise UserError(problem, where=where or str(source), remedy=COMPLETE) from error
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -207,4 +207,5 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"holds no tokenizer that can be loaded ({reason})", where=f"model.path ({source})") from error
+        problem = f"holds no tokenizer that can be loaded ({reason})"
+        raise UserError(problem, where=f"model.path ({source})", remedy=COMPLETE) from error

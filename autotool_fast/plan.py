@@ -6,6 +6,7 @@ Neither needs torch, unless a GPU or a pretrained model is asked for.
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from autotool_fast import memory
@@ -13,6 +14,7 @@ from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.tasks.world import World
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 VOCAB_ESTIMATE = 128
 """Upper bound of the embedded tokenizer's vocabulary, used for the parameter estimate only."""
 
@@ -34,6 +36,14 @@ def check(config: TrainConfig) -> None:
     if config.data.path and not Path(config.data.path).is_dir():
         remedy = "write the folder with python -m autotool_fast.data prepare"
         raise UserError("is no folder", where=f"data.path ({config.data.path})", remedy=remedy)
+    if config.data.path and not (Path(config.data.path) / "sft.jsonl").is_file():
+        remedy = "write the folder with python -m autotool_fast.data prepare"
+        raise UserError("holds no sft.jsonl", where=f"data.path ({config.data.path})", remedy=remedy)
+    dialogues = config.environment.kind != "none" and config.rollout.max_turns < 2
+    if dialogues:
+        remedy = "raise it: every request of the user takes one reply and one for each round of calls"
+        raise UserError("allows no dialogue with simulators", where="rollout.max_turns", remedy=remedy)
+    _check_model(config.model.path)
     if config.lora.rank and importlib.util.find_spec("peft") is None:
         raise UserError("needs peft", where="lora.rank", remedy="install it with pip install peft")
     if config.device == "cuda" and not config.dry_run:
@@ -50,6 +60,21 @@ def check(config: TrainConfig) -> None:
         if config.overwrite and Path(config.out).resolve() in source.resolve().parents:
             remedy = "choose another folder with --out"
             raise UserError("is inside the run that --overwrite removes", where=f"base.reuse ({source})", remedy=remedy)
+
+
+def _check_model(path: str) -> None:
+    """What is not a folder must be able to be a hub name; a folder holds the settings of a model and a tokenizer."""
+    where = f"model.path ({path})"
+    folder = Path(path)
+    if not path:
+        return
+    if not folder.is_dir():
+        if folder.exists() or not _HUB_NAME.fullmatch(path):
+            raise UserError("is no folder and no hub name", where=where, remedy="give a model folder, or OWNER/NAME")
+        return
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"holds no {name}", where=where, remedy="give the folder of a whole Hugging Face model")
 
 
 def _check_inputs(config: TrainConfig) -> None:
@@ -84,7 +109,9 @@ def describe(config: TrainConfig) -> str:
     if config.environment.kind != "none":
         sources.append(("environment", _environment_text(config)))
     if not sources:
-        sources.append(("world", f"{', '.join(world.families)}; difficulty 0-{world.max_difficulty}"))
+        note = " (no --data given)" if model.path else ""
+        families = ", ".join(world.families)
+        sources.append(("world", f"{families}; difficulty 0-{world.max_difficulty}{note}"))
     adapter = f", adapters of rank {config.lora.rank}" if config.lora.rank else ""
     rows = [
         ("preset", config.preset),

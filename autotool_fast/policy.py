@@ -134,6 +134,18 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Make training steps recompute each layer's activations in the backward pass.
+
+    The recomputation happens after the forward pass has ended, so the packed attention stays set; the model is put into
+    training mode, without which transformers recomputes nothing.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.config._attn_implementation = PACKED_ATTENTION
+    model.train()
+
+
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Last hidden states of a packed batch, [T, H]."""
     with attention(model, PACKED_ATTENTION):

@@ -29,7 +29,11 @@ from autotool_fast.schema import leaf_paths
 
 FORMAT = "autotool_fast.run/1"
 PACKAGES = ("autotool_fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
-MAY_DIFFER_ON_RESUME = frozenset({"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads"})
+MAY_DIFFER_ON_RESUME = frozenset(
+    {"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads"}
+    | {"rollout.slots", "rollout.prefill_chunk", "rl.micro_tokens", "model.gradient_checkpointing"}
+)
+"""The second line is memory: those settings change results by rounding alone."""
 LOCK = ".lock"
 
 

@@ -13,6 +13,7 @@ import pytest
 from autotool_fast.cli import PRESETS, load_preset
 from autotool_fast.config import STAGES, parse_args
 from autotool_fast.errors import UserError
+from autotool_fast.train import main
 
 LIGHT = """
 import sys, atexit
@@ -53,8 +54,15 @@ def test_options_override_the_preset_and_the_preset_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
 def test_shipped_presets_are_valid(name):
-    assert load_preset(name).preset == name
-    assert parse_args(["--preset", name]) == load_preset(name)
+    needs_data = name == "qwen2.5-7b-bfcl"
+    config = load_preset(name, {"data": {"path": "d"}} if needs_data else None)
+    assert config.preset == name
+    assert parse_args(["--preset", name, *(["--data", "d"] if needs_data else [])]) == config
+
+
+def test_a_preset_that_needs_data_says_so():
+    with pytest.raises(UserError, match="add --data"):
+        parse_args(["--preset", "qwen2.5-7b-bfcl"])
 
 
 def test_no_options_mean_the_mini_preset():
@@ -219,7 +227,7 @@ def test_a_preset_that_extends_nothing_usable_is_one_line(tmp_path, text, messag
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-1.5b", "qwen3-0.6b"])
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-7b-bfcl", "qwen2.5-1.5b", "qwen3-0.6b"])
 def test_the_presets_of_real_models_name_the_source_of_every_value(name):
     for line in (PRESETS / f"{name}.toml").read_text().splitlines():
         if "=" in line and not line.startswith(("#", "extends")):
@@ -236,3 +244,33 @@ def test_the_papers_settings_are_in_its_preset():
     assert config.refine.prompts == 21000
     for smaller in ("qwen2.5-1.5b", "qwen3-0.6b"):
         assert load_preset(smaller).rl == rl
+
+
+def test_a_preset_may_leave_the_model_to_the_command_line(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[lora]\nrank = 4\n[data]\npath = 'somewhere'\n")
+    config = parse_args(["--preset", str(path), "--model", "m"])
+    assert (config.model.path, config.lora.rank, config.data.path) == ("m", 4, "somewhere")
+    with pytest.raises(UserError, match="needs a pretrained model"):
+        parse_args(["--preset", str(path), "--arm", "none"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "/nonexist"], "model.path (/nonexist): is no folder and no hub name"),
+        (["--model", "{tmp}"], "holds no config.json; give the folder of a whole Hugging Face model"),
+        (["--model", "m", "--data", "{tmp}"], "holds no sft.jsonl; write the folder with"),
+        (["--preset", "qwen2.5-7b", "--model.max-positions", "40000"], "is beyond the 32768 positions of the model"),
+    ],
+)
+def test_a_model_or_data_that_cannot_be_loaded_leaves_the_old_run_alone(tmp_path, capsys, options, message):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    arguments = [option.replace("{tmp}", str(tmp_path)) for option in options]
+    assert main([*arguments, "--out", str(out), "--overwrite", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (out / "config.json").exists()

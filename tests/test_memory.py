@@ -33,6 +33,7 @@ def small() -> Qwen2ForCausalLM:
 @pytest.fixture
 def folder(tmp_path):
     small().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
     return tmp_path / "model"
 
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import autotool_fast.policy as policy
-from autotool_fast.policy import attention, pack, packed_hidden, packed_logp_entropy
+from autotool_fast.policy import attention, pack, packed_hidden, packed_logp_entropy, recompute_activations
 from autotool_fast.rollout.engine import SlotEngine
 
 torch.set_num_threads(1)
@@ -340,3 +340,25 @@ def test_what_a_model_does_to_its_logits_is_done_by_trainer_and_sampler(kind):
     expected = reference(model, [ids], [sampled])
     torch.testing.assert_close(torch.from_numpy(logp[sampled]).double(), expected[0], **close)
     torch.testing.assert_close(torch.from_numpy(entropy[sampled]).double(), expected[1], **close)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputed_activations_give_the_same_gradients_with_less_saved(name):
+    sequences = make_sequences([30, 12, 21])
+    found, sizes = [], []
+    for recompute in (False, True):
+        model = make_model(name)
+        if recompute:
+            recompute_activations(model)
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logp, _ = packed(model, sequences, mark(sequences))
+        found.append(gradients(model, logp.sum()))
+        sizes.append(sum(saved.values()))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert sizes[1] < 0.6 * sizes[0]

@@ -12,6 +12,7 @@ from chat_models import LLAMA31, QWEN25, make_tokenizer
 from lamp_data import corpus, write_lamp_data
 from lamp_environment import small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from autotool_fast.chat import MODE_INSTRUCTION, chat_format
 from autotool_fast.data import main as data_main
@@ -289,3 +290,22 @@ def test_a_run_with_adapters_keeps_them_in_checkpoints_and_exports_whole_models(
     assert all("proj" in name and name.endswith("weight") for name in moved)
     newest = max((place / "lora" / "checkpoints" / "rl").glob("step-*"))
     assert {path.name for path in (newest / "model").glob("*.safetensors")} == {"adapter_model.safetensors"}
+
+
+@pytest.mark.slow
+def test_recomputed_activations_change_nothing_but_memory(run, place, monkeypatch):
+    recomputed = []
+    layer = Qwen2DecoderLayer.forward
+
+    def counted(self, *args, **kwargs):
+        recomputed.append(torch.is_grad_enabled() and self.training)
+        return layer(self, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen2DecoderLayer, "forward", counted)
+    stages = ["--stages", "base,label,warmup,refine,rl"]
+    assert main(options(place, "recompute", "--model.gradient-checkpointing", *stages)) == 0
+    for name in ("warmup", "rl"):
+        weights = [(place / out / "models" / name / "model.safetensors").read_bytes() for out in ("run", "recompute")]
+        assert weights[0] == weights[1], name
+    # Three steps of the warm-up and at least two of RL run each layer again in the backward pass.
+    assert sum(recomputed) >= 5
