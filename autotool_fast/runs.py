@@ -30,6 +30,7 @@ from autotool_fast.schema import leaf_paths
 FORMAT = "autotool_fast.run/1"
 PACKAGES = ("autotool_fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 MAY_DIFFER_ON_RESUME = frozenset({"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads"})
+MAY_DIFFER_ON_RESUME |= {"label.teacher", "label.teacher_model"}  # a server may move; lessons it gave are kept
 LOCK = ".lock"
 
 
