@@ -51,7 +51,7 @@ class Teacher(Protocol):
         """
 
     @property
-    def notices(self) -> list[str]:
+    def notices(self) -> Sequence[str]:
         """What the user should know of the lessons, such as prompts that could not be asked."""
 
 

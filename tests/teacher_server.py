@@ -15,8 +15,8 @@ from autotool_fast.tasks.rendering import solution
 class Server(ThreadingHTTPServer):
     """Thinks and plays the solution of the task that the first user message asks; says no to `wrong` families.
 
-    `silent` does not think. `fails(task, number)` gives the HTTP status of the request with that number, from 0, or None.
-    `finish` is the reason that every reply gives for its end.
+    `silent` does not think. `fails(task, number)` gives the HTTP status of the request with that number (from 0) if it
+    is to fail. `finish` is the reason that every reply gives for its end.
     """
 
     def __init__(

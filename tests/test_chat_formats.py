@@ -104,7 +104,7 @@ def test_advice_names_the_callers_own_option_and_no_format_that_it_lacks():
 def test_a_model_without_a_tokenizer_is_told_from_one_without_a_template():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<|endoftext|>")
     for name in ("auto", "qwen2.5"):
-        with pytest.raises(UserError, match="there is no tokenizer in the model's folder; copy tokenizer.json"):
+        with pytest.raises(UserError, match=r"there is no tokenizer in the model's folder; copy tokenizer\.json"):
             chat_format(tokenizer, name)
 
 
