@@ -43,7 +43,10 @@ class Pipeline:
         if model.path:
             context.progress.say(f"memory: {memory.describe(self.config)}")
         self.tokenizer = load_tokenizer(model.path) if model.path else build_tokenizer()
-        self.chat = chat_format(self.tokenizer, model.chat_format) if model.path else ChatFormat(self.tokenizer)
+        if model.path:
+            self.chat = chat_format(self.tokenizer, model.chat_format, option="--model.chat-format")
+        else:
+            self.chat = ChatFormat(self.tokenizer)
         self.limits = rollout_limits(self.config.rollout)
         self.device = torch.device(self.config.device)
         self.problems = self._problems()

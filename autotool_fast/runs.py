@@ -32,8 +32,9 @@ PACKAGES = ("autotool_fast", "torch", "triton", "transformers", "tokenizers", "s
 MAY_DIFFER_ON_RESUME = frozenset(
     {"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads"}
     | {"rollout.slots", "rollout.prefill_chunk", "rl.micro_tokens", "model.gradient_checkpointing"}
+    | {"label.teacher", "label.teacher_model"}
 )
-"""The second line is memory: those settings change results by rounding alone."""
+"""The second line is memory: those settings change results by rounding alone. A teacher's server may move."""
 LOCK = ".lock"
 
 

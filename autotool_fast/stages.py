@@ -9,13 +9,13 @@
     eval     -> results.json, transcripts.jsonl
 
 Every random choice is a function of (seed, stage, step), so a stage gives the same result alone, together with others
-or after a stop. What a step of RL does is in `rl`, of SFT in `warmup`; the loop around them is `loop`.
+or after a stop. Stage label is in `label_stage`, what a step of RL does in `rl`, of SFT in `warmup`, the loop around
+them in `loop`.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -27,11 +27,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from autotool_fast import files
-from autotool_fast.chat import parse_reply
 from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, evaluate, regret
-from autotool_fast.labeling import Outcome, label, label_table
+from autotool_fast.label_stage import label_prompts
 from autotool_fast.loop import (
     Context,
     Interrupted,
@@ -44,15 +43,13 @@ from autotool_fast.metrics import MetricsWriter, Progress
 from autotool_fast.pipeline import Pipeline, load_model
 from autotool_fast.refine import refine
 from autotool_fast.rl import PolicyTrainer, policy_optimizers, reward_table
-from autotool_fast.rollout.driver import rollout
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.runs import RunFolder
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.rendering import solution
 from autotool_fast.tasks.tiny import build_model
-from autotool_fast.teacher import Lesson, make_teacher
 from autotool_fast.transcripts import Transcripts, one_per_cell, rewards_of
-from autotool_fast.warmup import Demonstration, demonstrate, imitate
+from autotool_fast.warmup import Demonstration, demonstrate
 
 
 def base(p: Pipeline) -> dict[str, Any]:
@@ -86,87 +83,6 @@ def _reused(source: Path, p: Pipeline) -> PreTrainedModel:
     if tokenizer.get_vocab() != p.tokenizer.get_vocab():
         raise UserError("has another vocabulary", where=where, remedy="train the base anew")
     return model
-
-
-def label_prompts(p: Pipeline) -> dict[str, Any]:
-    """Sample every prompt in both modes; keep counts, labels and demonstrations."""
-    config, progress = p.config.label, p.context.progress
-    teacher = make_teacher(
-        config, seed=p.config.seed, max_len=p.config.model.max_positions, max_new_tokens=p.limits.max_new_tokens
-    )
-    tasks = p.problems.training(config.prompts, "label")
-    per_mode = len(tasks) * config.k
-    progress.start("label", 2 * per_mode)
-
-    def sampled(done: int) -> None:
-        progress.update(done)
-        p.context.stop.check()
-
-    engine = p.engine(p.load("base"))
-
-    def samples(mode: str, number: int) -> list[list[Trajectory]]:
-        trajectories = rollout(
-            engine,
-            tasks,
-            chat=p.chat,
-            group_size=config.k,
-            seed=p.config.seed,
-            step=number,
-            mode=mode,
-            limits=p.limits,
-            on_progress=lambda done, total: sampled(number * per_mode + done),
-        )
-        return [trajectories[i : i + config.k] for i in range(0, len(trajectories), config.k)]
-
-    short = [sum(t.correct for t in group) for group in samples("no_think", 0)]
-    if teacher is None:
-        groups = samples("think", 1)
-        long = [sum(t.correct for t in group) for group in groups]
-        traces = [next((imitate(t, p.chat) for t in group if t.correct), None) for group in groups]
-    else:
-        lessons = _writable(teacher.teach(tasks, lambda done: sampled(per_mode + done)), p)
-        long = [lesson.correct for lesson in lessons]
-        traces = [
-            None if lesson.replies is None else demonstrate(task, lesson.replies, p.chat)
-            for task, lesson in zip(tasks, lessons, strict=True)
-        ]
-    progress.finish()
-    rule = (p.config.label_rule, config.threshold, config.unsolved)
-    outcomes = [Outcome(t.difficulty, *counts, config.k) for t, *counts in zip(tasks, short, long, strict=True)]
-    rows = [
-        {
-            "id": task.id,
-            "family": task.family,
-            "difficulty": task.difficulty,
-            "no_think_correct": outcome.no_think_correct,
-            "think_correct": outcome.think_correct,
-            "label": label(outcome.no_think_correct, outcome.think_correct, config.k, *rule),
-            "short": _demo_json(demonstrate(task, p.problems.answer(task), p.chat)),
-            "long": None if trace is None else _demo_json(trace),
-        }
-        for task, outcome, trace in zip(tasks, outcomes, traces, strict=True)
-    ]
-    files.write_text(p.run.path / "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    table = label_table(outcomes, *rule)
-    return {"rule": p.config.label_rule, "k": config.k, "table": [vars(row) for row in table]}
-
-
-def _writable(lessons: Sequence[Lesson], p: Pipeline) -> list[Lesson]:
-    """The lessons; one whose replies have no form in the trained model's chat format teaches nothing."""
-    left_out: Counter[str] = Counter()
-    kept = []
-    for lesson in lessons:
-        replies = map(parse_reply, lesson.replies or ())
-        reason = next(filter(None, (p.chat.unwritable(reply.calls, reply.text) for reply in replies)), None)
-        left_out.update([reason] if reason else [])
-        kept.append(Lesson(0, None) if reason else lesson)
-    for reason, count in left_out.items():
-        p.context.progress.say(f"label: {count} long answers of the teacher left out, {reason}")
-    return kept
-
-
-def _demo_json(demo: Demonstration) -> dict[str, list[int]]:
-    return {"ids": demo.ids.tolist(), "trained": demo.trained.astype(int).tolist()}
 
 
 def _read_labels(p: Pipeline) -> list[dict[str, Any]]:

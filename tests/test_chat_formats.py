@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from chat_models import TEMPLATES, make_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from autotool_fast.chat import (
     FORMATS,
@@ -20,6 +23,7 @@ from autotool_fast.chat import (
     parse_reply,
     recognise,
 )
+from autotool_fast.config import ModelConfig
 from autotool_fast.errors import UserError
 from autotool_fast.tasks.tiny import build_tokenizer
 
@@ -72,8 +76,8 @@ def test_a_model_without_a_template_gets_the_shipped_one_of_the_named_format(nam
 @pytest.mark.parametrize(
     ("template", "name", "complaint"),
     [
-        (None, "auto", r"no chat template; name a format with --chat-format \(compact, qwen2.5, .*llama3.1\)"),
-        ("{{ messages[0].content }}", "auto", "no known format; name one with --chat-format"),
+        (None, "auto", r"no chat template; name a format with --chat-format \(qwen2.5, .*llama3.1\)"),
+        ("{{ messages[0].content }}", "auto", "no known format; name a format with --chat-format"),
         (TEMPLATES["qwen3"].replace('"arguments"', "'").replace("\\\"arguments\\\"", ""), "auto", "no known format"),
         (None, "qwen25", "no chat format 'qwen25'; did you mean 'qwen2.5'"),
     ],
@@ -82,6 +86,26 @@ def test_an_unknown_format_is_one_line_with_the_remedy(template, name, complaint
     with pytest.raises(UserError, match=complaint) as raised:
         chat_format(make_tokenizer(template), name)
     assert "\n" not in str(raised.value)
+
+
+def test_advice_names_the_callers_own_option_and_no_format_that_it_lacks():
+    tokenizer = make_tokenizer(None)
+    with pytest.raises(UserError) as caught:
+        chat_format(tokenizer, option="--model.chat-format")
+    assert caught.value.remedy.startswith("name a format with --model.chat-format (")
+    offered = caught.value.remedy.partition("(")[2].rstrip(")").split(", ")
+    assert {"auto", *offered} == set(get_type_hints(ModelConfig)["chat_format"].__args__)
+    with pytest.raises(UserError) as caught:
+        chat_format(tokenizer, where="label.teacher (x)", option=None)
+    assert caught.value.where == "label.teacher (x)"
+    assert "name a format" not in caught.value.remedy
+
+
+def test_a_model_without_a_tokenizer_is_told_from_one_without_a_template():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<|endoftext|>")
+    for name in ("auto", "qwen2.5"):
+        with pytest.raises(UserError, match=r"there is no tokenizer in the model's folder; copy tokenizer\.json"):
+            chat_format(tokenizer, name)
 
 
 def test_a_missing_stop_token_is_named():

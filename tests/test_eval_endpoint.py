@@ -19,7 +19,7 @@ BLOCK = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
 
 class Server:
-    """Answers chat completions with `reply(body)`: a message, or a (status, text) pair."""
+    """Answers chat completions with `reply(body)`: a message, with its `finish_reason` or not, or (status, text)."""
 
     def __init__(self, reply):
         self.bodies, self.headers = [], []
@@ -35,7 +35,8 @@ class Server:
                     status, text = text
                 elif isinstance(text, dict):
                     usage = {"prompt_tokens": 11, "completion_tokens": 7}
-                    text = json.dumps({"choices": [{"message": text}], "usage": usage})
+                    choice = {"finish_reason": text.pop("finish_reason", "stop"), "message": text}
+                    text = json.dumps({"choices": [choice], "usage": usage})
                 try:
                     self.send_response(status)
                     self.end_headers()
@@ -183,8 +184,34 @@ def test_the_key_is_sent_and_kept_out_of_the_configuration(serve, monkeypatch):
 def test_failures_that_may_pass_are_tried_again(serve):
     answers = [(503, "busy"), (429, "slow down"), {"content": "x"}]
     server = serve(lambda body: answers.pop(0))
-    assert ask(endpoint(server, retries=2)).parsed.text == "x"
+    assert ask(endpoint(server, retries=2, pause_s=0.01)).parsed.text == "x"
     assert len(server.bodies) == 3
+
+
+def test_a_server_has_a_minute_to_come_back(serve):
+    waited = []
+
+    class Clock(threading.Event):
+        def wait(self, timeout=None):
+            waited.append(timeout)
+            return False
+
+    server = serve(lambda body: (503, "loading"))
+    with pytest.raises(UserError, match="answered 503"):
+        Endpoint(EndpointSettings(url=server.url, model="m"))._post({}, Clock())
+    assert len(server.bodies) == 8
+    assert waited == sorted(waited)
+    assert waited[0] <= 1
+    assert 60 <= sum(waited) <= 90
+
+
+def test_a_failure_wakes_the_requests_that_wait_to_be_repeated(serve):
+    server = serve(lambda body: (404, "no such model") if body["messages"][0]["content"] == "1" else (503, "busy"))
+    requests = [Request([{"role": "user", "content": str(i)}], [], lambda: None) for i in range(2)]
+    began = time.perf_counter()
+    with pytest.raises(UserError):
+        endpoint(server, retries=3, pause_s=1.0).act(requests[::-1], "auto")
+    assert time.perf_counter() - began < 2.5  # pauses of 1, 2 and 4 s are cut short
 
 
 @pytest.mark.parametrize(
@@ -214,14 +241,62 @@ def test_a_silent_server_and_no_server_are_one_line(serve):
     server = serve(sleep)
     with pytest.raises(UserError, match=r"did not answer within 0.1 s"):
         ask(endpoint(server, timeout_s=0.1))
-    with pytest.raises(UserError, match=r"cannot be reached .*refused.*is the server running"):
+    with pytest.raises(UserError, match=r"^--endpoint .*cannot be reached .*refused.*does it serve --endpoint-model m"):
         ask(endpoint("http://127.0.0.1:9/v1"))
 
 
+def numbered(count):
+    return [Request([{"role": "user", "content": str(i)}], [], lambda: None) for i in range(count)]
+
+
 def test_one_failure_of_many_requests_stops_the_batch(serve):
-    server = serve(lambda body: (400, "bad") if body["messages"][0]["content"] == "3" else {"content": "x"})
-    requests = [Request([{"role": "user", "content": str(i)}], [], lambda: None) for i in range(6)]
-    with pytest.raises(UserError, match="answered 400"):
-        endpoint(server, concurrency=2).act(requests, "auto")
-    kept = [request for i, request in enumerate(requests) if i != 3]
+    server = serve(lambda body: (404, "bad") if body["messages"][0]["content"] == "3" else {"content": "x"})
+    with pytest.raises(UserError, match="answered 404"):
+        endpoint(server, concurrency=2).act(numbered(6), "auto")
+    kept = [request for i, request in enumerate(numbered(6)) if i != 3]
     assert [reply.parsed.text for reply in endpoint(server).act(kept, "auto")] == ["x"] * 5
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_refused_request_of_many_costs_its_episode_only(serve, status):
+    server = serve(lambda body: (status, "too long") if body["messages"][0]["content"] == "3" else {"content": "x"})
+    policy = endpoint(server)
+    replies = policy.act(numbered(6), "auto")
+    assert [reply.stop for reply in replies] == [None] * 3 + ["refused"] + [None] * 2
+    assert [reply.parsed.text for reply in replies if reply.stop is None] == ["x"] * 5
+    assert policy.refusals == [f"answered {status} (too long)"]
+
+
+def test_a_server_that_refuses_everything_is_an_error(serve):
+    with pytest.raises(UserError, match=r"refuses every request: answered 400 \(needs a tool parser\)"):
+        endpoint(serve(lambda body: (400, "needs a tool parser"))).act(numbered(6), "auto")
+
+
+def irrelevance(server, folder):
+    benchmark = Bfcl(STAND_INS / "bfcl", ["irrelevance"])
+    (row,) = run(benchmark, endpoint(server), folder)
+    benchmark.close()
+    return row
+
+
+def test_a_reply_that_the_server_cut_is_wrong_even_where_silence_is_right(serve, tmp_path):
+    said = {"content": "None of these functions can do th"}
+    whole = irrelevance(serve(lambda body: {**said, "finish_reason": "stop"}), tmp_path / "whole")
+    assert (whole["correct"], whole["stop"]) == (True, "finished")
+    cut = irrelevance(serve(lambda body: {**said, "finish_reason": "length"}), tmp_path / "cut")
+    assert (cut["correct"], cut["strict"]) == (False, False)
+    assert (cut["stop"], cut["reason"]) == ("max_turn_tokens", "max_turn_tokens")
+    assert cut["output_tokens"] == 7
+
+
+def test_a_refused_episode_is_wrong_and_the_run_goes_on(serve, tmp_path):
+    row = irrelevance(serve(lambda body: (400, "too long")), tmp_path)
+    assert (row["correct"], row["strict"], row["reason"], row["replies"]) == (False, False, "refused", [])
+
+
+def test_an_episode_refused_half_way_is_wrong(serve, tmp_path):
+    server = serve(lambda body: {"content": "Hm."} if len(body["messages"]) == 1 else (400, "too long"))
+    benchmark = Bfcl(STAND_INS / "bfcl", ["multi_turn_base"])
+    (row,) = run(benchmark, endpoint(server), tmp_path)
+    benchmark.close()
+    assert (row["correct"], row["reason"], len(row["replies"])) == (False, "refused", 1)

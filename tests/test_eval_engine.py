@@ -1,8 +1,12 @@
 """A checkpoint as a policy: whole episodes in the local engine, figures as the training-time evaluation has them."""
 
+import json
+import os
+import shutil
+
 import pytest
 from eval_stand_ins import STAND_INS, CharacterChat, ScriptedEngine, reply_text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from autotool_fast.chat import FORMATS, ChatFormat
 from autotool_fast.checkpoint import no_progress_bars
@@ -13,7 +17,7 @@ from autotool_fast.eval.acebench import AceBench
 from autotool_fast.eval.apibank import ApiBank
 from autotool_fast.eval.bfcl import Bfcl
 from autotool_fast.eval.embedded import Embedded
-from autotool_fast.eval.engine_policy import EngineSettings, LocalEngine
+from autotool_fast.eval.engine_policy import EngineSettings, LocalEngine, content_hash, most_positions
 from autotool_fast.eval.harness import run
 from autotool_fast.evaluate import cell_weights, evaluate
 from autotool_fast.rollout.driver import RolloutLimits
@@ -28,7 +32,7 @@ FAMILIES = ("set", "missing")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer()
-    config = ModelConfig(layers=1, hidden=16, heads=2, kv_heads=2, intermediate=16)
+    config = ModelConfig(layers=1, hidden=16, heads=2, kv_heads=2, intermediate=16, max_positions=90_000)
     with no_progress_bars():
         build_model(config, tokenizer, seed=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -71,9 +75,61 @@ def test_figures_are_those_of_the_training_time_evaluation(checkpoint, tmp_path,
 
 def test_the_configuration_names_what_replies_depend_on(checkpoint):
     config = policy(checkpoint).config()
-    assert config["weights"][0][0] == "model.safetensors"
     assert config["max_len"] == 96
     assert config != policy(checkpoint, temperature=1.0).config()
+
+
+def test_a_model_trained_on_is_not_reported_with_the_old_ones_results(checkpoint, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    benchmark = Embedded(("set",), per_cell=1)
+    run(benchmark, policy(model), tmp_path / "out")
+    run(benchmark, policy(model), tmp_path / "out")  # the same model: the folder is continued
+    weights = model / "model.safetensors"
+    before, times = weights.read_bytes(), weights.stat()
+    middle = len(before) // 2
+    weights.write_bytes(before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :])
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert weights.stat().st_size == times.st_size
+    with pytest.raises(UserError, match="another configuration"):
+        run(benchmark, policy(model), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_results_depend_on_what_is_beside_the_weights(checkpoint, tmp_path, name):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    before = content_hash(model)
+    assert before == content_hash(checkpoint)
+    (model / name).write_text((model / name).read_text() + "\n")
+    assert content_hash(model) != before
+
+
+def test_more_tokens_than_the_model_takes_are_refused(checkpoint, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
+    with pytest.raises(UserError, match="101 is more than the model's 100 positions; give at most 100") as caught:
+        policy(model, max_len=101)
+    assert caught.value.where == "--max-len"
+    for settings in ({"max_len": 100}, {"max_len": 0}, {"max_len": 101, "shorten": True}):
+        assert policy(model, **settings).config()["max_len"] == 100
+
+
+def test_positions_that_are_stretched_count():
+    stretched = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
+    assert most_positions(Qwen3Config(max_position_embeddings=100, rope_parameters=stretched)) == 400
+    assert most_positions(Qwen3Config(max_position_embeddings=400, rope_parameters=stretched)) == 400
+    assert most_positions(Qwen3Config(max_position_embeddings=100)) == 100
+
+
+def test_a_reply_that_was_cut_is_wrong_even_where_silence_is_right(checkpoint, tmp_path):
+    made = policy(checkpoint, max_len=250, max_turn_tokens=2)
+    rows = run(Embedded(("irrelevant",), per_cell=2), made, tmp_path)
+    assert {(row["stop"], row["correct"], row["reason"]) for row in rows} == {
+        ("max_turn_tokens", False, "max_turn_tokens")
+    }
 
 
 def test_a_prompt_without_room_for_a_reply_is_wrong_and_not_fatal(checkpoint, tmp_path):
@@ -133,5 +189,16 @@ def test_the_command_plays_a_checkpoint(checkpoint, tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_loaded_is_one_line(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no such"}')
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
         policy(tmp_path)
+    assert caught.value.where == f"--checkpoint ({tmp_path})"
+    assert "save_pretrained" in caught.value.remedy
+
+
+def test_a_folder_without_a_tokenizer_says_so(checkpoint, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, tmp_path / name)
+    for format_name in ("auto", "qwen3"):
+        with pytest.raises(UserError, match="no tokenizer") as caught:
+            policy(tmp_path, chat_format=format_name)
+        assert "tokenizer.json" in caught.value.remedy

@@ -120,6 +120,51 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[:-10],
+        lambda line: "{}",
+        lambda line: "[1]",
+        lambda line: json.dumps({k: v for k, v in json.loads(line).items() if k != "id"}),
+        lambda line: json.dumps({**json.loads(line), "details": None}),
+        lambda line: json.dumps({**json.loads(line), "output_tokens": "many"}),
+        lambda line: "\udcff" + line,
+    ],
+    ids=["cut", "empty", "list", "no id", "no details", "no count", "not UTF-8"],
+)
+def test_a_damaged_row_is_one_line_and_nothing_is_lost(tmp_path, damage):
+    run(world(), Oracle(), tmp_path)
+    path = tmp_path / EPISODES
+    rows = path.read_text().splitlines()
+    damaged = "\n".join([*rows[:3], damage(rows[3]), *rows[4:]]).encode(errors="surrogateescape") + b"\nhalf a line"
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"line 4 is damaged: it .*; repair the line, or delete it") as caught:
+        run(world(), Oracle(), tmp_path)
+    assert str(caught.value).startswith(str(path))
+    assert path.read_bytes() == damaged
+    path.write_text("\n".join([*rows[:3], *rows[4:]]) + "\n")  # the remedy
+    assert [row["id"] for row in run(world(), Oracle(), tmp_path)] == [json.loads(row)["id"] for row in rows]
+
+
+def test_a_row_of_a_task_that_is_not_played_is_one_line(tmp_path):
+    run(world(), Oracle(), tmp_path)
+    path = tmp_path / EPISODES
+    path.write_text(path.read_text() + json.dumps({**json.loads(lines(tmp_path)[0]), "id": "strange"}) + "\n")
+    with pytest.raises(UserError, match=r"not played here \(strange\); delete its line"):
+        run(world(), Oracle(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "", "{", "3"])
+def test_a_damaged_configuration_is_one_line_and_nothing_is_lost(tmp_path, content):
+    run(world(), Oracle(), tmp_path)
+    before = lines(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config.json: is damaged.*restore it, or give another --out"):
+        run(world(), Oracle(), tmp_path)
+    assert lines(tmp_path) == before
+
+
 def test_figures_by_hand():
     def row(**values):
         base = {

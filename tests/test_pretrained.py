@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,19 @@ def test_a_wrong_model_or_data_folder_is_one_line(place, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     line = refusal(capsys, "--model", str(place / "model"), "--data", str(tmp_path / "empty"), *out, "--overwrite")
     assert "holds no sft.jsonl" in line
+
+
+def test_a_model_without_a_template_or_a_tokenizer_is_one_line(place, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(place / "model", model)
+    (model / "chat_template.jinja").unlink()
+    argv = ["--preset", str(place / "small.toml"), "--data", str(place / "data"), "--model", str(model)]
+    line = refusal(capsys, *argv, "--out", str(tmp_path / "a"))
+    assert "no chat template; name a format with --model.chat-format (qwen2.5, qwen3, hermes, llama3.1)" in line
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    line = refusal(capsys, *argv, "--out", str(tmp_path / "b"), "--model.chat-format", "qwen2.5")
+    assert "there is no tokenizer" in line
 
 
 def test_data_without_a_usable_prompt_says_why(place, tmp_path, capsys):

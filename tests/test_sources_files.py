@@ -63,6 +63,10 @@ def test_lines_keep_their_numbers_and_bad_ones_their_place(tmp_path):
         (b" \n ", r"is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"Git LFS pointer.*git lfs pull"),
         (b"<!doctype html><html>", r"web page.*accept its terms"),
+        (b'{"error": "Access to dataset x/y is restricted."}', r"server's error.*x/y is restricted.*accept its terms"),
+        (b'{\n "error": {"code": 401, "message": "Log in."}\n}\n', r"error message, not data \(Log in.\)"),
+        (b"Access to dataset x/y is restricted and you are not logged in.", r"server's error.*accept its terms"),
+        (b"Invalid username or password.", r"server's error.*accept its terms"),
         (b"\x1f\x8b\x08\x00", r"compressed \(gzip\); unpack"),
         (b"PK\x03\x04", r"compressed \(zip\)"),
         (b"a,b\n1,2\n", r"neither JSON"),
@@ -76,6 +80,13 @@ def test_a_file_that_is_no_data_is_one_line_with_a_remedy(tmp_path, content, mes
         list(rows(path))
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [{"error": "e", "query": "q"}, {"message": "m"}, {"code": 1}])
+def test_a_row_that_mentions_errors_is_a_row(tmp_path, row):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert list(rows(path)) == [(0, row)]
 
 
 def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):

@@ -105,28 +105,41 @@ def recognise(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return "qwen3" if "reasoning_content" in template or "message.content is string" in template else "qwen2.5"
 
 
-def find_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> WireFormat:
+def find_format(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "auto",
+    *,
+    where: str = "model",
+    option: str | None = "--chat-format",
+) -> WireFormat:
     """The format called `name`, or the recognised one for "auto".
 
+    Args:
+        tokenizer: the model's.
+        name: of `FORMATS`, or "auto".
+        where: what an error about the model names.
+        option: the option with which the user names a format; None where there is none.
+
     Raises:
-        UserError: an unknown name, or a template that cannot be recognised.
+        UserError: a tokenizer that knows no words, an unknown name, or a template that cannot be recognised.
     """
-    names = ", ".join(FORMATS)
+    # Of a folder that holds none, transformers makes a tokenizer with nothing but its special tokens.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
+        remedy = "copy tokenizer.json and tokenizer_config.json beside the weights"
+        raise UserError("there is no tokenizer in the model's folder", where=where, remedy=remedy)
     if name != "auto":
         if name in FORMATS:
             return FORMATS[name]
         guess = schema.nearest(name, list(FORMAT_NAMES))
-        remedy = f"did you mean '{guess}'?" if guess else f"choose from auto, {names}"
-        raise UserError(f"no chat format '{name}'", where="--chat-format", remedy=remedy)
+        remedy = f"did you mean '{guess}'?" if guess else f"choose from {', '.join(FORMAT_NAMES)}"
+        raise UserError(f"no chat format '{name}'", where=option, remedy=remedy)
+    # The compact format is that of the embedded model, which brings its template.
+    names = ", ".join(wire.name for wire in FORMATS.values() if not wire.one_token_modes)
+    remedy = f"name a format with {option} ({names})" if option else "use a model whose template is known here"
     if not template_text(tokenizer):
-        raise UserError(
-            "the tokenizer has no chat template", where="model", remedy=f"name a format with --chat-format ({names})"
-        )
+        raise UserError("the tokenizer has no chat template", where=where, remedy=remedy)
     found = recognise(tokenizer)
     if found is None:
-        raise UserError(
-            "the model's chat template writes tool calls in no known format",
-            where="model",
-            remedy=f"name one with --chat-format ({names})",
-        )
+        problem = "the model's chat template writes tool calls in no known format"
+        raise UserError(problem, where=where, remedy=remedy)
     return FORMATS[found]

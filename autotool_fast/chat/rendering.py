@@ -313,17 +313,25 @@ def _as_call(call: Any) -> ToolCall:
     raise UserError(problem, where="messages", remedy="give its arguments as an object or as the JSON text of one")
 
 
-def chat_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatFormat:
+def chat_format(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "auto",
+    *,
+    where: str = "model",
+    option: str | None = "--chat-format",
+) -> ChatFormat:
     """The `ChatFormat` of a model.
 
     Args:
         tokenizer: the model's. One without a chat template is given the shipped one of the format.
         name: of `FORMATS`, or "auto" to recognise it.
+        where: what an error about recognising it names.
+        option: the option with which the user names a format; None where there is none.
 
     Raises:
         UserError: see `find_format` and `ChatFormat`.
     """
-    wire = find_format(tokenizer, name)
+    wire = find_format(tokenizer, name, where=where, option=option)
     if not template_text(tokenizer):
         tokenizer.chat_template = chat_template(wire.template)
     knows_modes = wire.one_token_modes or NO_THINK_TAG in template_text(tokenizer)

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     remote.add_argument("--endpoint-model", help="name the server knows the model by")
     remote.add_argument("--mode-switch", choices=("none", "tag", "enable_thinking"), default="none")
     remote.add_argument("--timeout", type=_seconds, default=120.0, help="seconds for one request (default: 120)")
-    remote.add_argument("--retries", type=int, default=3, help="after failures that may pass (default: 3)")
+    remote.add_argument("--retries", type=int, default=7, help="after failures that may pass (default: 7, a minute)")
     remote.add_argument("--concurrency", type=_positive, default=8, help="requests at once (default: 8)")
     remote.add_argument("--key-variable", default="OPENAI_API_KEY", help="environment variable with the API key")
     remote.add_argument("--parameters", type=float, default=0.0, help="of the model, for ACU")
@@ -212,6 +212,8 @@ def _evaluate(options: argparse.Namespace, benchmark: Benchmark, policy: Policy,
     rows = run(
         benchmark, policy, folder, modes=modes, limit=options.limit, chunk=options.chunk, on_progress=progress
     )
+    if refusals := getattr(policy, "refusals", None):
+        print(f"{len(refusals)} requests refused, their episodes are wrong: {refusals[0]}", file=sys.stderr)
     summary = summarise(benchmark, rows, modes, policy.parameters)
     files.write_json(folder / "summary.json", summary)
     print_tables(f"{benchmark.name}, policy {policy.name}", summary)

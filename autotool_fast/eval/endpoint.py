@@ -3,6 +3,9 @@
 Replies may carry calls as `tool_calls` or, from a server without a tool parser, as `<tool_call>` text; thinking as
 `reasoning_content` or a leading `<think>` block, with or without a mode tag. The API key comes from the environment and
 is stored nowhere.
+
+A reply that the server cut at `max_tokens` ends its episode, as in the local engine. A request that it refuses (a
+prompt that is too long for it) costs the one episode; where all of several are refused it is set up wrong: an error.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -22,11 +25,16 @@ from typing import Any
 from autotool_fast.chat import NO_THINK_TAG, THINK_TAG, ParsedReply, ToolCall, parse_reply, render_reply
 from autotool_fast.errors import UserError
 from autotool_fast.eval.policies import Stepwise
-from autotool_fast.eval.records import Reply, Request
+from autotool_fast.eval.records import REFUSED, Reply, Request
 
 SWITCHES = ("none", "tag", "enable_thinking")
-_RETRIED = {408, 409, 429, 500, 502, 503, 504}
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+_NOT_THE_PROMPT = {401, 402, 403, 404, 405, 407}  # key, payment, address, model name: every request meets them
+_SEVERAL = 4
+_MAX_PAUSE_S = 30.0
 _NAME = re.compile(r"[^a-zA-Z0-9_-]")
+_CUT = "max_turn_tokens"  # as `rollout.records.StopReason` has it, which would load numpy
+_NOTHING = ParsedReply(None, None, (), "", ("empty_reply",))
 _THINK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
@@ -43,7 +51,8 @@ class EndpointSettings:
         max_tokens: of one reply.
         temperature, seed: of sampling.
         timeout_s: seconds for one request.
-        retries: attempts after a failure that may pass.
+        retries: attempts after a failure that may pass, such as a server that is being restarted.
+        pause_s: seconds before the first of them; pauses double, up to 30 s, so that the default waits for a minute.
         concurrency: requests under way at once.
         key_variable: environment variable with the API key.
         parameters: of the model, for ACU; 0 if unknown.
@@ -56,58 +65,95 @@ class EndpointSettings:
     temperature: float = 0.0
     seed: int = 0
     timeout_s: float = 120.0
-    retries: int = 3
+    retries: int = 7
+    pause_s: float = 0.5
     concurrency: int = 8
     key_variable: str = "OPENAI_API_KEY"
     parameters: int = 0
 
 
+class _Refused(Exception):
+    """The server will not take this request; the text is what it said."""
+
+
 class Endpoint(Stepwise):
-    """See the module."""
+    """See the module.
+
+    Args:
+        settings: how the server is asked.
+        where: the setting that holds its address, for errors.
+        model_option: the setting that holds its model's name.
+
+    Attributes:
+        refusals: what the server said to each request that it refused.
+    """
 
     name = "endpoint"
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(
+        self, settings: EndpointSettings, *, where: str = "--endpoint", model_option: str = "--endpoint-model"
+    ) -> None:
+        self._where, self._model_option = f"{where} ({settings.url})", model_option
         if not settings.url.startswith(("http://", "https://")):
-            raise UserError("must start with http:// or https://", where=f"--endpoint {settings.url}")
+            raise UserError("must start with http:// or https://", where=self._where)
         self.settings = settings
         self.parameters = settings.parameters or None
+        self.refusals: list[str] = []
 
-    def probe(self, where: str) -> None:
-        """Raise UserError, blaming the setting `where`, when nothing answers at the address within five seconds."""
+    def probe(self) -> None:
+        """Raise UserError when nothing answers at the address within five seconds."""
         try:
             urllib.request.urlopen(f"{self.settings.url.rstrip('/')}/models", timeout=5.0).close()
         except urllib.error.HTTPError:
             pass  # a server answered; whether it wants a key is seen when it is asked
         except (OSError, HTTPException) as error:
             problem = f"cannot be reached ({getattr(error, 'reason', None) or error})"
-            where = f"{where} ({self.settings.url})"
-            raise UserError(problem, where=where, remedy="start the server, or check the address") from None
+            remedy = "start the server, or check the address"
+            raise UserError(problem, where=self._where, remedy=remedy) from None
 
     def config(self) -> dict[str, Any]:
         """What the replies depend on."""
         kept = asdict(self.settings)
-        for name in ("timeout_s", "retries", "concurrency", "key_variable", "parameters"):
+        for name in ("timeout_s", "retries", "pause_s", "concurrency", "key_variable", "parameters"):
             del kept[name]
         return {"policy": self.name, **kept}
 
     def act(self, requests: Sequence[Request], mode: str) -> list[Reply]:
-        """Ask for all requests, `concurrency` at a time."""
+        """Ask for all requests, `concurrency` at a time.
+
+        Raises:
+            UserError: the server cannot be reached, fails, or refuses every one of several requests.
+        """
         if mode != "auto" and self.settings.mode_switch == "none":
             remedy = "use --mode-switch tag or enable_thinking, or only auto"
             raise UserError(f"the endpoint cannot be made to reply in mode {mode}", where="--modes", remedy=remedy)
+        given_up = threading.Event()
         if len(requests) == 1:
-            return [self._ask(requests[0], mode)]
-        with ThreadPoolExecutor(min(self.settings.concurrency, len(requests))) as pool:
-            futures = [pool.submit(self._ask, request, mode) for request in requests]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
+            replies = [self._reply(requests[0], mode, given_up)]
+        else:
+            with ThreadPoolExecutor(min(self.settings.concurrency, len(requests))) as pool:
+                futures = [pool.submit(self._reply, request, mode, given_up) for request in requests]
+                try:
+                    replies = [future.result() for future in futures]
+                except BaseException:
+                    given_up.set()  # or the pool would wait for requests that are to be repeated
+                    for future in futures:
+                        future.cancel()
+                    raise
+        refused = [reply.text for reply in replies if reply.stop == REFUSED]
+        if len(refused) == len(requests) >= _SEVERAL:
+            remedy = "check how the server was started; what it said is the reason"
+            raise UserError(f"refuses every request: {refused[0]}", where=self._where, remedy=remedy)
+        self.refusals += refused
+        return replies
 
-    def _ask(self, request: Request, mode: str) -> Reply:
+    def _reply(self, request: Request, mode: str, given_up: threading.Event) -> Reply:
+        try:
+            return self._ask(request, mode, given_up)
+        except _Refused as refused:
+            return Reply(_NOTHING, str(refused), stop=REFUSED)
+
+    def _ask(self, request: Request, mode: str, given_up: threading.Event) -> Reply:
         names = sent_names([tool["function"]["name"] for tool in request.tools])
         body: dict[str, Any] = {
             "model": self.settings.model,
@@ -125,15 +171,17 @@ class Endpoint(Stepwise):
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         elif mode != "auto":
             body["chat_template_kwargs"] = {"enable_thinking": mode == "think"}
-        answer = self._post(body)
+        answer = self._post(body, given_up)
         try:
-            message = answer["choices"][0]["message"]
-            return read_message(message, answer.get("usage") or {}, {sent: own for own, sent in names.items()}, prefix)
+            choice = answer["choices"][0]
+            own_names = {sent: own for own, sent in names.items()}
+            reply = read_message(choice["message"], answer.get("usage") or {}, own_names, prefix)
         except (KeyError, IndexError, TypeError, AttributeError):
             problem = "answered without choices[0].message"
-            raise UserError(problem, where=self.settings.url, remedy="is it an OpenAI-compatible server?") from None
+            raise UserError(problem, where=self._where, remedy="is it an OpenAI-compatible server?") from None
+        return replace(reply, stop=_CUT) if choice.get("finish_reason") == "length" else reply
 
-    def _post(self, body: Mapping[str, Any]) -> Any:
+    def _post(self, body: Mapping[str, Any], given_up: threading.Event) -> Any:
         settings = self.settings
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(settings.key_variable):
@@ -142,14 +190,16 @@ class Endpoint(Stepwise):
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         problem = ""
         for attempt in range(settings.retries + 1):
-            if attempt:
-                time.sleep(min(2.0**attempt, 30.0) * 0.1)
+            if attempt and given_up.wait(min(settings.pause_s * 2.0 ** (attempt - 1), _MAX_PAUSE_S)):
+                break
             try:
                 with urllib.request.urlopen(request, timeout=settings.timeout_s) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
                 problem = f"answered {error.code} ({_server_words(error)})"
                 if error.code not in _RETRIED:
+                    if 400 <= error.code < 500 and error.code not in _NOT_THE_PROMPT:
+                        raise _Refused(problem) from None
                     break
             except TimeoutError:
                 problem = f"did not answer within {settings.timeout_s:g} s"
@@ -157,8 +207,8 @@ class Endpoint(Stepwise):
                 problem = f"cannot be reached ({getattr(error, 'reason', None) or error})"
             except ValueError:
                 problem = "did not answer with JSON"
-        remedy = f"is the server running, and does it serve --endpoint-model {settings.model}?"
-        raise UserError(problem, where=f"--endpoint {url}", remedy=remedy)
+        remedy = f"is the server running, and does it serve {self._model_option} {settings.model}?"
+        raise UserError(problem, where=self._where, remedy=remedy)
 
 
 def _server_words(error: urllib.error.HTTPError) -> str:

@@ -6,6 +6,7 @@ tag. Tools that a benchmark adds later reach the model in the message that annou
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from autotool_fast.chat import ChatFormat, chat_format
 from autotool_fast.errors import UserError
-from autotool_fast.eval.records import EvalEpisode, Played, Reply
+from autotool_fast.eval.records import PROMPT_TOO_LONG, EvalEpisode, Played, Reply
 from autotool_fast.tasks.record import Task
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from autotool_fast.rollout.records import Trajectory
 
-TOO_LONG = "prompt_too_long"
+_CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class EngineSettings:
         checkpoint: a model folder with its tokenizer.
         slots: episodes decoded at once.
         max_len: tokens of an episode, prompt and tool results included; 0 takes the model's own limit, at most 32768.
+        shorten: whether a `max_len` beyond the model's limit is lowered to it; else it is refused.
         max_turn_tokens, max_new_tokens: sampled tokens of one reply and of an episode.
         temperature, seed: of sampling; 0 is greedy.
         deadline_s: seconds of an episode; 0 for no limit.
@@ -43,6 +45,7 @@ class EngineSettings:
     checkpoint: str
     slots: int = 32
     max_len: int = 0
+    shorten: bool = False
     max_turn_tokens: int = 1024
     max_new_tokens: int = 8192
     temperature: float = 0.0
@@ -55,24 +58,36 @@ class EngineSettings:
 class LocalEngine:
     """See the module.
 
+    Args:
+        settings: how the checkpoint is sampled.
+        where: what an error about the checkpoint names.
+        format_option: the option that names a chat format; None where there is none.
+
     Raises:
-        UserError: the folder holds no model or tokenizer that can be loaded.
+        UserError: the folder holds no model or tokenizer that can be loaded, no chat format fits, or `max_len` is more
+            than the model takes.
     """
 
     name = "engine"
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(
+        self, settings: EngineSettings, *, where: str = "--checkpoint", format_option: str | None = "--chat-format"
+    ) -> None:
         self.settings = settings
-        model, tokenizer = load_checkpoint(Path(settings.checkpoint), settings.device)
-        self._attach(model, chat_format(tokenizer, settings.chat_format))
+        named = f"{where} ({settings.checkpoint})"
+        model, tokenizer = load_checkpoint(Path(settings.checkpoint), settings.device, where=named)
+        self._attach(model, chat_format(tokenizer, settings.chat_format, where=named, option=format_option))
 
     def _attach(self, model: PreTrainedModel, chat: ChatFormat) -> None:
         from autotool_fast.rollout.driver import RolloutLimits
         from autotool_fast.rollout.engine import SlotEngine
 
         settings = self.settings
-        positions = getattr(model.config, "max_position_embeddings", None) or 32768
-        max_len = settings.max_len or min(positions, 32768)
+        positions = most_positions(model.config)
+        if settings.max_len > positions and not settings.shorten:
+            problem = f"{settings.max_len} is more than the model's {positions} positions"
+            raise UserError(problem, where="--max-len", remedy=f"give at most {positions}")
+        max_len = min(settings.max_len or 32768, positions)
         turn = min(settings.max_turn_tokens, max_len // 2)
         self._chat = chat
         self._engine = SlotEngine(model, slots=settings.slots, max_len=max_len, prefill_chunk=512)
@@ -86,14 +101,13 @@ class LocalEngine:
         self.parameters = sum(p.numel() for p in model.parameters())
 
     def config(self) -> dict[str, Any]:
-        """What the replies depend on: settings and the weights' size and time."""
+        """What the replies depend on: settings and the model's content."""
         settings = self.settings
         folder = Path(settings.checkpoint)
-        weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
         return {
             "policy": self.name,
             "checkpoint": str(folder.resolve()),
-            "weights": [list(entry) for entry in weights],
+            "content": content_hash(folder),
             "chat_format": self._chat.wire.name,
             "temperature": settings.temperature,
             "seed": settings.seed,
@@ -133,9 +147,7 @@ class LocalEngine:
         )
         seconds = (time.perf_counter() - began) / max(len(fitting), 1)
         played = {t.task.id: self._played(t, episodes[t.task.id], seconds) for t in trajectories}
-        return [
-            played[task.id] if task.id in played else Played(task, task.episode(), (), TOO_LONG, 0.0) for task in tasks
-        ]
+        return [played.get(task.id) or Played(task, task.episode(), (), PROMPT_TOO_LONG, 0.0) for task in tasks]
 
     def _prompt_length(self, task: Task, mode: str) -> int:
         tag = 0 if mode == "auto" else len(self._chat.encode_mode(mode))
@@ -159,11 +171,35 @@ class LocalEngine:
         return Played(trajectory.task, episode, replies, trajectory.stop_reason.value, seconds)
 
 
-def load_checkpoint(folder: Path, device: str = "") -> tuple[PreTrainedModel, Any]:
+def most_positions(config: Any) -> int:
+    """Tokens that a model takes, stretched rotary positions included; 32768 where its configuration does not say."""
+    positions = getattr(config, "max_position_embeddings", None) or 32768
+    rope = getattr(config, "rope_parameters", None) or {}
+    trained = rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(trained * (rope.get("factor") or 1)))
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 over the files of a model folder: weights, configuration, tokenizer and chat template.
+
+    Weights are read in full. Names, sizes and times tell two models of one shape apart only by luck, and so does a
+    sample of the bytes: an adapter, or a small step in bfloat16, leaves most of them alone. The cost is one pass over
+    files that have just been loaded.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _CONTENT and path.is_file()):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def load_checkpoint(folder: Path, device: str = "", *, where: str) -> tuple[PreTrainedModel, Any]:
     """A model in inference mode and its tokenizer.
 
     Raises:
-        UserError: one of them cannot be loaded.
+        UserError: one of them cannot be loaded; it names `where`.
     """
     import torch
     from safetensors import SafetensorError
@@ -177,7 +213,8 @@ def load_checkpoint(folder: Path, device: str = "") -> tuple[PreTrainedModel, An
         with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot be loaded ({reason})", where=f"--checkpoint {folder}") from error
+        remedy = "give a folder that save_pretrained wrote, tokenizer included, or copy it again"
+        raise UserError(f"cannot be loaded ({reason})", where=where, remedy=remedy) from error
     return model.to(chosen).eval(), tokenizer

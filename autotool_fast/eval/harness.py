@@ -3,7 +3,8 @@
 A results folder holds `config.json` (what the results depend on), `episodes.jsonl` (one row per episode and mode) and
 `summary.json`. Running the same command again continues where it stopped; a folder of another configuration is
 refused. Tasks are played in chunks whose bounds depend on the task list alone, and a chunk's rows are written together,
-so rows stand in task order and a stop loses one chunk at most.
+so rows stand in task order and a stop loses one chunk at most. A damaged folder is named, with the line, and left as it
+is.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ from typing import Any
 
 from autotool_fast import files
 from autotool_fast.errors import UserError
-from autotool_fast.eval.records import Benchmark, Played, Policy, Verdict
+from autotool_fast.eval.records import REFUSED, Benchmark, Played, Policy, Verdict
 from autotool_fast.tasks.record import Task
 
 FORMAT = 1
 EPISODES, CONFIG = "episodes.jsonl", "config.json"
+_UNFINISHED = {"max_turn_tokens", "max_tokens", REFUSED}
+_FIELDS = {
+    "id": str, "category": str, "mode": str, "correct": bool, "strict": bool, "details": dict, "thinks": bool,
+    "malformed": bool, "replies": list, "seconds": (int, float),
+}  # fmt: skip
+_COUNTS = ("prompt_tokens", "output_tokens", "think_tokens")
 
 
 class Results:
     """The rows of a results folder.
 
     Raises:
-        UserError: the folder belongs to something else, or to another configuration.
+        UserError: the folder belongs to something else, or to another configuration, or is damaged.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
@@ -41,8 +48,11 @@ class Results:
         if path.is_file():
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                before = {}
+            except (ValueError, RecursionError):
+                before = None
+            if not isinstance(before, dict):
+                remedy = f"restore it, or give another --out; {EPISODES} beside it is left as it is"
+                raise UserError("is damaged: it is no JSON object", where=str(path), remedy=remedy)
             names = sorted({*before, *config})
             changed = [name for name in names if before.get(name) != json.loads(json.dumps(config.get(name)))]
             if changed:
@@ -59,11 +69,24 @@ class Results:
         """The rows so far. A last line that a crash cut off is dropped from the file."""
         if not self._path.exists():
             return []
-        text = self._path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            files.write_text(self._path, whole)
-        return [json.loads(line) for line in whole.split("\n") if line]
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        rows = [self._row(number, line) for number, line in enumerate(whole.split(b"\n"), 1) if line]
+        if whole != data:
+            files.write_text(self._path, whole.decode())
+        return rows
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            problem = "it is no JSON"
+        else:
+            problem = _missing(row)
+            if problem is None:
+                return row
+        remedy = "repair the line, or delete it to have its episode played again"
+        raise UserError(f"line {number} is damaged: {problem}", where=str(self._path), remedy=remedy)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows and flush them to the disk."""
@@ -72,6 +95,19 @@ class Results:
             file.flush()
         files.sync(self._path)
         self.rows += rows
+
+
+def _missing(row: Any) -> str | None:
+    """What keeps a JSON value from being a result row."""
+    if not isinstance(row, dict):
+        return "it is no JSON object"
+    for name, kind in _FIELDS.items():
+        if not isinstance(row.get(name), kind):
+            return f"it has no {name}"
+    for name in _COUNTS:
+        if not isinstance(row.get(name, ""), (int, type(None))):
+            return f"it has no {name}"
+    return None
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
@@ -122,6 +158,10 @@ def run(
         "tasks": fingerprint(tasks),
     }
     results = Results(folder, config)
+    order = {task.id: index for index, task in enumerate(tasks)}
+    if strange := next((row["id"] for row in results.rows if row["id"] not in order), None):
+        problem, remedy = f"a row names a task that is not played here ({strange})", "delete its line"
+        raise UserError(problem, where=str(folder / EPISODES), remedy=remedy)
     done = {(row["mode"], row["id"]) for row in results.rows}
     for mode in modes:
         for first in range(0, len(tasks), chunk):
@@ -130,7 +170,6 @@ def run(
                 results.add([judge(played, mode) for played in policy.play(todo, mode)])
             if on_progress is not None:
                 on_progress(mode, min(first + chunk, len(tasks)), len(tasks))
-    order = {task.id: index for index, task in enumerate(tasks)}
     rows = [row for row in results.rows if row["mode"] in modes]
     return sorted(rows, key=lambda row: (modes.index(row["mode"]), order[row["id"]]))
 
@@ -141,8 +180,10 @@ def judge(played: Played, mode: str) -> dict[str, Any]:
     Token counts are sums over the replies, the prompt's that of the first one; None where the policy has none.
     """
     try:
-        # Where nothing was said, doing nothing was no choice of the policy.
-        verdict = played.episode.verdict() if played.replies else Verdict(False, False, played.stop)
+        # Where nothing was said, or what was said is not whole, doing nothing was no choice of the policy.
+        verdict = played.episode.verdict() if played.replies else Verdict(False, False)
+        if played.stop in _UNFINISHED or not played.replies:
+            verdict = Verdict(False, False, played.stop, verdict.details)
         record = played.episode.record()
     finally:
         played.episode.close()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autotool_fast.chat import parse_reply, render_reply
-from autotool_fast.eval.records import Played, Reply, Request, call_message
+from autotool_fast.eval.records import REFUSED, Played, Reply, Request, call_message
 from autotool_fast.tasks.record import Task
 
 MAX_REPLIES = 256
@@ -44,8 +44,9 @@ class Stepwise(ABC):
             share = (time.perf_counter() - began) / len(live)
             for i, reply in zip(live, answers, strict=True):
                 began = time.perf_counter()
-                replies[i].append(reply)
-                stop = self._serve(episodes[i], messages[i], reply)
+                if reply.stop != REFUSED:
+                    replies[i].append(reply)
+                stop = reply.stop or self._serve(episodes[i], messages[i], reply)
                 if stop is None and len(replies[i]) >= MAX_REPLIES:
                     stop = "max_turns"
                 if stop is not None:

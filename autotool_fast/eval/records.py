@@ -5,7 +5,7 @@ driver can play; a policy plays tasks and gives back one `Played` each; the verd
 
 A malformed reply ends an episode for every policy, unless the episode has `malformed(reply)`, which says as `step` does
 what follows. What was done is judged as the benchmark judges it (a malformed reply made no call), and the row says
-that a reply was malformed.
+that a reply was malformed. An episode whose last reply was cut at a token budget is wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from autotool_fast.chat import ParsedReply, ToolCall
 from autotool_fast.tasks.record import Task
 
 MODES = ("auto", "think", "no_think")
+PROMPT_TOO_LONG, REFUSED = "prompt_too_long", "refused"
+"""Reasons to stop beside `rollout.records.StopReason`: no room for a reply; a server that will not take the request."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """A policy's answer to one turn. Token counts are None where the policy does not know them."""
+    """A policy's answer to one turn.
+
+    Token counts are None where the policy does not know them. `stop` is why the episode ends here although the reply
+    does not say so: it was cut at its budget, or there is none because the request was refused.
+    """
 
     parsed: ParsedReply
     text: str
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     think_tokens: int | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
 class Played:
-    """One episode that is over. `stop` is a `rollout.records.StopReason` value or "prompt_too_long"."""
+    """One episode that is over. `stop` is a `rollout.records.StopReason` value, `PROMPT_TOO_LONG` or `REFUSED`."""
 
     task: Task
     episode: EvalEpisode

@@ -266,6 +266,7 @@ def rollout(
     group_size: int,
     seed: int,
     step: int,
+    first_group: int = 0,
     mode: str = "auto",
     temperature: float = 1.0,
     limits: RolloutLimits | None = None,
@@ -281,6 +282,7 @@ def rollout(
         chat: turns messages into token ids and back.
         group_size: samples per task.
         seed, step: together with group and sample they fix every draw.
+        first_group: what the draws count groups from; the tasks of one rollout can be played in several.
         mode: "auto" lets the model write the mode tag; "think" and "no_think" put it before every turn.
         temperature: of the sampling distribution; 0 is greedy.
         limits: budgets of each episode.
@@ -302,7 +304,7 @@ def rollout(
         stack.enter_context(engine.session(stop_ids=chat.stop_ids, temperature=temperature))
         stack.callback(driver.close_all)
         for group in range(len(tasks)):
-            driver.submit(group, group_size, row_seeds(seed, step, group, np.arange(group_size)))
+            driver.submit(group, group_size, row_seeds(seed, step, first_group + group, np.arange(group_size)))
         reported = 0
         while engine.busy:
             for key, stopped in engine.step():

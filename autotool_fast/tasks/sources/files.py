@@ -1,7 +1,8 @@
 """Rows of data files, streamed: JSON arrays, JSONL and (with pyarrow) parquet, told apart by content.
 
 One row is in memory at a time, plus a read buffer of a few MiB (for parquet one batch of rows). What a user can fix is
-a `UserError`: a Git LFS pointer, a web page saved in place of a gated file, an archive, a file that is cut off.
+a `UserError`: a Git LFS pointer, a web page or an error message saved in place of a gated file, an archive, a file
+that is cut off.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _CHUNK = 1 << 20  # characters per read
 _MAX_ROW = 64 << 20  # characters; a row longer than this is a broken file, not a row
 _PARQUET_BATCH = 256  # rows
 _SPACE = re.compile(r"\s*")
+_ERROR_KEYS = {"error", "errors", "message", "code", "status", "statusCode", "detail", "url", "requestId", "cause"}
+_ABOUT_ACCESS = re.compile(r"(Access to|Invalid (username|credentials)|Unauthorized|Forbidden|You (must|need))\b")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _ARCHIVES = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"(\xb5/\xfd": "zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
@@ -64,14 +67,33 @@ def _kind(path: Path) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text:
         raise UserError("is empty", where=where, remedy="download it again")
+    gated = "the data set may be gated: accept its terms while logged in, then download the file again"
     if text.startswith(b"<"):
-        remedy = "the data set may be gated: accept its terms while logged in, then download the file again"
-        raise UserError("is a web page, not data", where=where, remedy=remedy)
+        raise UserError("is a web page, not data", where=where, remedy=gated)
+    if said := _server_error(text):
+        raise UserError(f"is a server's error message, not data ({said})", where=where, remedy=gated)
     if text.startswith(b"["):
         return "array"
     if text.startswith(b"{"):
         return "lines"
     raise UserError("is neither JSON nor JSONL nor parquet", where=where, remedy="give a data file")
+
+
+def _server_error(head: bytes) -> str | None:
+    """What a server said, if a file starts with nothing but its refusal: JSON about an error, or a sentence."""
+    text = head.decode("utf-8", "replace").strip()
+    if _ABOUT_ACCESS.match(text):
+        return " ".join(text.split())[:120]
+    if not text.startswith("{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # rows, or one row longer than the head
+    if not value.keys() & {"error", "errors"} or value.keys() - _ERROR_KEYS:
+        return None
+    said = value.get("error") or value.get("errors")
+    return " ".join(str(said.get("message", said) if isinstance(said, dict) else said).split())[:120]
 
 
 def _line_rows(file: TextIO) -> Iterator[tuple[int, Any]]:
