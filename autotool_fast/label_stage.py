@@ -85,7 +85,7 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
                 )
                 return [read(trajectories[i : i + config.k]) for i in range(0, len(trajectories), config.k)]
 
-            values += kept.part(f"{mode}/{first}", sample)
+            values += kept.part(f"{mode}/{first}-{first + len(part)}", sample)
             sampled(before + len(part) * config.k)
         return values
 

@@ -96,7 +96,8 @@ class PolicyTeacher:
         for sample in range(self._k):
             for first in range(0, len(tasks), self._chunk):
                 part = asked[first : first + self._chunk]
-                attempts = keep(f"lesson/{sample}/{first}", lambda sample=sample, part=part: self._ask(sample, part))
+                name = f"lesson/{sample}/{first}-{first + len(part)}"
+                attempts = keep(name, lambda sample=sample, part=part: self._ask(sample, part))
                 for place, attempt in enumerate(attempts, first):
                     correct[place] += attempt["right"]
                     if attempt["right"] and replies[place] is None:

@@ -272,6 +272,15 @@ def test_a_server_that_refuses_everything_is_an_error(serve):
         endpoint(serve(lambda body: (400, "needs a tool parser"))).act(numbered(6), "auto")
 
 
+def test_dialogues_that_grow_too_long_together_are_counted(serve):
+    server = serve(lambda body: {"content": "x"} if len(body["messages"]) == 1 else (400, "too long"))
+    policy = endpoint(server)
+    policy.act(numbered(5), "auto")
+    longer = [Request([*request.messages, call_message("x", ())], [], lambda: None) for request in numbered(5)]
+    assert [reply.stop for reply in policy.act(longer, "auto")] == ["refused"] * 5
+    assert len(policy.refusals) == 5
+
+
 def irrelevance(server, folder):
     benchmark = Bfcl(STAND_INS / "bfcl", ["irrelevance"])
     (row,) = run(benchmark, endpoint(server), folder)

@@ -5,7 +5,8 @@ Replies may carry calls as `tool_calls` or, from a server without a tool parser,
 is stored nowhere.
 
 A reply that the server cut at `max_tokens` ends its episode, as in the local engine. A request that it refuses (a
-prompt that is too long for it) costs the one episode; where all of several are refused it is set up wrong: an error.
+prompt that is too long for it) costs the one episode; a server that refuses all of several and has not answered any is
+set up wrong, which is an error.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class Endpoint(Stepwise):
         self.settings = settings
         self.parameters = settings.parameters or None
         self.refusals: list[str] = []
+        self._answered = False
 
     def probe(self) -> None:
         """Raise UserError when nothing answers at the address within five seconds."""
@@ -122,7 +124,7 @@ class Endpoint(Stepwise):
         """Ask for all requests, `concurrency` at a time.
 
         Raises:
-            UserError: the server cannot be reached, fails, or refuses every one of several requests.
+            UserError: the server cannot be reached, fails, or begins with refusing every one of several requests.
         """
         if mode != "auto" and self.settings.mode_switch == "none":
             remedy = "use --mode-switch tag or enable_thinking, or only auto"
@@ -141,7 +143,9 @@ class Endpoint(Stepwise):
                         future.cancel()
                     raise
         refused = [reply.text for reply in replies if reply.stop == REFUSED]
-        if len(refused) == len(requests) >= _SEVERAL:
+        # Later on it may be right: the dialogues that last longest grow too long together.
+        self._answered = self._answered or len(refused) < len(requests)
+        if not self._answered and len(requests) >= _SEVERAL:
             remedy = "check how the server was started; what it said is the reason"
             raise UserError(f"refuses every request: {refused[0]}", where=self._where, remedy=remedy)
         self.refusals += refused

@@ -25,7 +25,7 @@ EPISODES, CONFIG = "episodes.jsonl", "config.json"
 _UNFINISHED = {"max_turn_tokens", "max_tokens", REFUSED}
 _FIELDS = {
     "id": str, "category": str, "mode": str, "correct": bool, "strict": bool, "details": dict, "thinks": bool,
-    "malformed": bool, "replies": list, "seconds": (int, float),
+    "malformed": bool, "stop": str, "replies": list, "seconds": (int, float), "record": dict,
 }  # fmt: skip
 _COUNTS = ("prompt_tokens", "output_tokens", "think_tokens")
 
