@@ -112,7 +112,7 @@ class VllmEngine:
         self._stop_ids, self._temperature = frozenset(stop_ids), temperature
         if self._sent is None:
             self._server.probe(self._served_model, self.max_len)
-            self._check_log_probs()
+        self._check_log_probs()
         # Optimizers write in place, which torch counts: a step that changed nothing sends nothing.
         now = [parameter._version for parameter in self.model.parameters()]
         if now == self._sent:
