@@ -30,6 +30,7 @@ from autotool_fast.schema import leaf_paths
 FORMAT = "autotool_fast.run/1"
 PACKAGES = ("autotool_fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 MAY_DIFFER_ON_RESUME = frozenset({"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads"})
+MAY_DIFFER_ON_RESUME |= {"rollout.server", "rollout.timeout_s"}  # a server that was started again
 LOCK = ".lock"
 
 

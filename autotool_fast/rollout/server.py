@@ -214,7 +214,7 @@ class FolderTransfer:
     """Weights as a safetensors file that the server reads: for servers on the same machine or file system.
 
     Args:
-        folder: written anew every time.
+        folder: there while they are transferred.
     """
 
     def __init__(self, server: VllmServer, folder: Path) -> None:
@@ -231,12 +231,14 @@ class FolderTransfer:
 
         from autotool_fast.adapters import merged_parameters
 
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.cpu().contiguous() for name, value in merged_parameters(model)}
-        save_file(weights, self._folder / "model.safetensors", metadata={"format": "pt"})
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder)}}
-        self._server.tell("/collective_rpc", body)
+        try:
+            save_file(weights, self._folder / "model.safetensors", metadata={"format": "pt"})
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder)}}
+            self._server.tell("/collective_rpc", body)
+        finally:
+            shutil.rmtree(self._folder)
         self._server.tell("/update_weight_version", {"new_version": version})
 
 

@@ -131,7 +131,7 @@ class VllmEngine:
                 self.release(key)
 
     def _send_weights(self) -> None:
-        self._sent, self._syncs = None, self._syncs + 1
+        self._syncs += 1
         version = f"{self._run}-{self._syncs}"
         self._server.tell("/pause?mode=abort")
         self._transfer.send(self.model, version)
