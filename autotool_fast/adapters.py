@@ -7,6 +7,7 @@ next stage begins a new one. Merging into bfloat16 weights rounds to bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,6 +41,28 @@ def merge(model: PreTrainedModel) -> None:
     model.requires_grad_(True)
     model._hf_peft_config_loaded = False
     del model.peft_config
+
+
+def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of the weights as a stage exports them, one at a time; an adapter stays apart in the model.
+
+    Weights that share memory (a tied head) come once.
+    """
+    layers = {}
+    if present(model):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, parameter in model.named_parameters():
+        owner, _, own = name.rpartition(".base_layer.")
+        if owner in layers:
+            value = parameter.detach()
+            if own == "weight":
+                (adapter,) = layers[owner].active_adapters
+                value = value + layers[owner].get_delta_weight(adapter).detach().to(value.dtype)
+            yield f"{owner}.{own}", value
+        elif not any(name.startswith(f"{layer}.") for layer in layers):
+            yield name, parameter.detach()
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:

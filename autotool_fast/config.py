@@ -280,6 +280,9 @@ class RLConfig(Section):
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = number(0.2, above=0.0)
     """The probability ratio is clipped above at 1 + clip_high."""
+    importance_cap: float = number(2.0, low=1.0)
+    """With rollout.backend vllm, in place of the clip: each token's policy gradient is weighted by the ratio of the
+    trainer's probability to the server's, cut to this."""
     normalize: Literal["sequences", "tokens"] | float = number("tokens", above=0.0)  # type: ignore[arg-type]
     """sequences: mean per response, then over responses; tokens: mean over all trained tokens; a number: the
     sum over trained tokens divided by it."""
@@ -339,12 +342,23 @@ class RLConfig(Section):
 
 @dataclass(frozen=True)
 class RolloutConfig(Section):
-    """Budgets of one episode and the size of the generation engine."""
+    """Budgets of one episode, what generates, and its size."""
 
     section: ClassVar[str] = "rollout"
 
+    backend: Literal["engine", "vllm"] = "engine"
+    """engine: the trainer's own, on the same weights; vllm: a vLLM server, which a pretrained model can use."""
+    server: str = "http://127.0.0.1:8000"
+    """Address of the vLLM server. Its API key, if any, is read from the environment variable VLLM_API_KEY."""
+    served_model: str = ""
+    """Name the server knows the model by; empty: that of model.path."""
+    sync: Literal["folder", "nccl"] = "folder"
+    """How weights get to the server. folder: through the run folder, which it must see; nccl: from GPU to GPU, with
+    vLLM installed here too."""
+    timeout_s: float = number(600.0, above=0.0)
+    """Seconds that the server may take for one answer."""
     slots: int = number(96, low=1)
-    """Sequences decoded at once."""
+    """Sequences decoded at once; with a server, requests under way at once."""
     prefill_chunk: int = number(64, low=1)
     """Tokens entering the cache per prefill call and sequence."""
     max_turns: int = number(6, low=1)
@@ -361,6 +375,8 @@ class RolloutConfig(Section):
     def validate(self) -> None:
         fits = self.max_turn_tokens <= self.max_new_tokens
         self.require(fits, "max_turn_tokens", "must be at most rollout.max_new_tokens")
+        address = self.server.startswith(("http://", "https://")) and bool(self.server.partition("://")[2])
+        self.require(address, "server", f"{self.server!r} is no http address", "write it like http://127.0.0.1:8000")
 
 
 @dataclass(frozen=True)
@@ -428,6 +444,10 @@ class TrainConfig(Section):
         self.require(able, "data.path", "needs a pretrained model", "add --model")
         able = bool(self.model.path) or not self.lora.rank
         self.require(able, "lora.rank", "needs a pretrained model", "add --model")
+        able = bool(self.model.path) or self.rollout.backend == "engine"
+        self.require(able, "rollout.backend", "vllm needs a pretrained model", "add --model")
+        able = self.device == "cuda" or self.rollout.backend == "engine" or self.rollout.sync != "nccl"
+        self.require(able, "rollout.sync", "nccl needs a GPU here too", "add --device cuda, or use folder")
         self._check_environment()
         budget = self.rollout.max_new_tokens
         fits = budget < self.model.max_positions

@@ -15,8 +15,7 @@ import numpy as np
 
 from autotool_fast.chat import MODES, ChatFormat
 from autotool_fast.rewards import RewardTable, routing_regret
-from autotool_fast.rollout.driver import RolloutLimits, rollout
-from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.driver import Engine, RolloutLimits, rollout
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.world import BANDS, World, band
@@ -88,7 +87,7 @@ def summarise(
 
 
 def evaluate(
-    engine: SlotEngine,
+    engine: Engine,
     chat: ChatFormat,
     tasks: Sequence[Task],
     weights: dict[Cell, float],

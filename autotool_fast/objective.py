@@ -17,6 +17,7 @@ the measurement of relative targets are left to the trainer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -43,10 +44,12 @@ __all__ = [
     "LossSettings",
     "Objective",
     "ScopedEntropy",
+    "capped_old_logp",
     "coefficients",
     "gated_beta",
     "group_advantages",
     "merge_metrics",
+    "mismatch_metrics",
     "policy_objective",
     "resolve_targets",
     "scoped_entropy",
@@ -306,6 +309,28 @@ def policy_objective(
     ).tolist()  # one read from the device
     metrics = dict(zip(measured, values[: len(measured)], strict=True))
     return Objective(loss, h.mean.detach(), EntropyStats(*values[len(measured) :]), metrics)
+
+
+def capped_old_logp(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
+    """Old log-probs [T] that turn the ratio into a truncated importance weight of the sampler's tokens.
+
+    With w_t = min(exp(logp_t - sampler_logp_t), cap), the ratio exp(logp_t - result_t) has the value w_t, and the
+    gradient of -ratio * A is -w_t * A * grad logp_t: the policy gradient, each token weighted by w_t without gradient.
+    That holds as long as no clip bites: 1 - clip_low at most 0, and clip_high some way above cap - 1.
+    """
+    return torch.maximum(sampler_logp, logp.detach() - math.log(cap))
+
+
+def mismatch_metrics(logp: Tensor, sampler_logp: Tensor, cap: float) -> dict[str, float]:
+    """How far another implementation of the policy samples from the trainer's, over tokens [T] of a micro-batch.
+
+    mismatch/capped is the share of tokens whose importance weight was cut to `cap`; mismatch/kl the mean of
+    r - 1 - log r with r = exp(logp - sampler_logp), an estimate of KL(sampler, trainer) in nats.
+    """
+    log_ratio = logp.detach().double() - sampler_logp.double()
+    kl = (torch.expm1(log_ratio) - log_ratio).mean()
+    capped = (log_ratio > math.log(cap)).double().mean()
+    return {"mismatch/kl": float(kl), "mismatch/capped": float(capped)}
 
 
 def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:

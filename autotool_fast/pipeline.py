@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from autotool_fast.loop import Context, Optimizers, StageState, StepResult, run_
 from autotool_fast.policy import recompute_activations
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
 from autotool_fast.rl import rollout_limits
+from autotool_fast.rollout import vllm
+from autotool_fast.rollout.driver import Engine
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.tiny import build_tokenizer
@@ -133,9 +136,15 @@ class Pipeline:
         names = ("base", "distilled", "warmup", "rl")
         return [n for n in names if (n == "base" and pretrained) or (self.run.model(n) / "config.json").exists()]
 
-    def engine(self, model: PreTrainedModel) -> SlotEngine:
-        """A rollout engine on a model."""
+    @cached_property
+    def _transfer(self) -> vllm.Transfer:
+        return vllm.open_transfer(self.config, self.run.path / "server_weights")
+
+    def engine(self, model: PreTrainedModel) -> Engine:
+        """A rollout engine on a model: the slot engine, or a server that gets its weights."""
         rollout_config = self.config.rollout
+        if rollout_config.backend == "vllm":
+            return vllm.open_engine(self.config, model, self._transfer)
         return SlotEngine(
             model,
             slots=rollout_config.slots,

@@ -23,9 +23,9 @@ def check(config: TrainConfig) -> None:
     """Refuse a run that cannot succeed, while what the run folder holds is still untouched.
 
     Raises:
-        UserError: no task can be drawn; the environment's package is missing; there is no GPU (a dry run needs none)
-            or no peft where one is asked for; a stage of a new run needs one that is not run; `base.reuse` holds no
-            model, or is about to be removed by --overwrite.
+        UserError: no task can be drawn; the environment's package is missing; there is no GPU or no rollout server (a
+            dry run needs neither), or no peft where one is asked for; a stage of a new run needs one that is not run;
+            `base.reuse` holds no model, or is about to be removed by --overwrite.
     """
     if config.environment.kind == "bfcl":
         from autotool_fast.eval.bfcl import locate
@@ -51,6 +51,10 @@ def check(config: TrainConfig) -> None:
 
         if not torch.cuda.is_available():
             raise UserError("torch finds no CUDA device", where="device", remedy="use --device cpu")
+    if config.rollout.backend == "vllm" and not config.dry_run and any(_samples(config, s) for s in config.stages):
+        from autotool_fast.rollout.vllm import check_server
+
+        check_server(config)
     if not config.resume:
         _check_inputs(config)
     if config.base.reuse and "base" in config.stages:
@@ -75,6 +79,11 @@ def _check_model(path: str) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"holds no {name}", where=where, remedy="give the folder of a whole Hugging Face model")
+
+
+def _samples(config: TrainConfig, stage: Stage) -> bool:
+    """Whether a stage has rollouts."""
+    return stage == "eval" or stage_tokens(config, stage) > 0
 
 
 def _check_inputs(config: TrainConfig) -> None:
@@ -121,6 +130,7 @@ def describe(config: TrainConfig) -> str:
         *sources,
         ("model", f"{model.path}, {model.dtype}{adapter}" if model.path else embedded),
         *([("memory", memory.describe(config))] if model.path else []),
+        *([("rollouts", _server_text(config))] if config.rollout.backend == "vllm" else []),
         *((f"stage {stage}", stage_summary(config, stage)) for stage in config.stages),
     ]
     sampled = sum(stage_tokens(config, stage) for stage in config.stages)
@@ -133,6 +143,12 @@ def _environment_text(config: TrainConfig) -> str:
     chosen = config.environment
     where = chosen.path or "the installed package"
     return f"{chosen.kind} in {where}: {', '.join(chosen.categories)}; {chosen.share:.0%} of the RL prompts"
+
+
+def _server_text(config: TrainConfig) -> str:
+    chosen = config.rollout
+    way = "through the run folder" if chosen.sync == "folder" else "over NCCL"
+    return f"vLLM at {chosen.server}, {chosen.slots} requests at once, weights {way}"
 
 
 def stage_summary(config: TrainConfig, stage: Stage) -> str:

@@ -22,9 +22,11 @@ from autotool_fast.objective import (
     EntropyController,
     EntropyStats,
     LossSettings,
+    capped_old_logp,
     coefficients,
     group_advantages,
     merge_metrics,
+    mismatch_metrics,
     policy_objective,
     resolve_targets,
     scoped_entropy,
@@ -32,8 +34,7 @@ from autotool_fast.objective import (
 )
 from autotool_fast.policy import pack, packed_logp_entropy
 from autotool_fast.rewards import RewardTable, reward
-from autotool_fast.rollout.driver import RolloutLimits, rollout
-from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.driver import Engine, RolloutLimits, rollout
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.world import BANDS, band
@@ -129,15 +130,16 @@ class PolicyTrainer:
     """
 
     def __init__(
-        self, config: TrainConfig, state: StageState, engine: SlotEngine, chat: ChatFormat, timer: Timer
+        self, config: TrainConfig, state: StageState, engine: Engine, chat: ChatFormat, timer: Timer
     ) -> None:
         self.config, self.state, self.engine, self.chat, self.timer = config, state, engine, chat, timer
         self.limits = rollout_limits(config.rollout)
         self.table = reward_table(config.rl)
         rl = config.rl
-        self.settings = LossSettings(
-            clip_low=rl.clip_low,
-            clip_high=rl.clip_high,
+        self.cap = rl.importance_cap if config.rollout.backend == "vllm" else None
+        self.settings = LossSettings(  # a clip that leaves capped ratios alone, or that of the configuration
+            clip_low=rl.clip_low if self.cap is None else 1.0,
+            clip_high=rl.clip_high if self.cap is None else self.cap,
             normalize=rl.normalize,
             scope=rl.entropy_scope,
             constant_groups=rl.constant_groups,
@@ -234,10 +236,14 @@ class PolicyTrainer:
                     sampled,
                     temperature=self.config.rl.temperature,
                 )
+            old_logp, extra = tokens.old_logp, {}
+            if self.cap is not None:
+                extra = mismatch_metrics(logp, old_logp, self.cap)
+                old_logp = capped_old_logp(logp, old_logp, self.cap)
             with self.timer.phase("loss"):
                 objective = policy_objective(
                     logp,
-                    tokens.old_logp,
+                    old_logp,
                     entropy,
                     advantages[chosen].to(device),
                     tokens.cu_seqlens,
@@ -253,7 +259,7 @@ class PolicyTrainer:
                 )
             with self.timer.phase("backward"):
                 objective.loss.backward()
-            parts.append(objective.metrics)
+            parts.append(objective.metrics | extra)
             stats = stats + objective.stats
             loss_sum += float(objective.loss.detach())
             mismatch.append((logp.detach() - tokens.old_logp).abs())

@@ -89,3 +89,18 @@ def test_a_missing_peft_and_a_model_from_scratch_are_refused_in_one_line(monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["--model", str(tmp_path), "--lora.rank", "4", "--dry-run"]) == 2
     assert "lora.rank: needs peft; install it with pip install peft" in capsys.readouterr().err
+
+
+def test_parameters_listed_as_merged_are_those_of_the_merged_model():
+    model = small()
+    plain = dict(adapters.merged_parameters(model))
+    assert all(torch.equal(p, plain[name]) for name, p in model.named_parameters())
+    adapters.add(model, LoraConfig(rank=4), seed=0)
+    trained_by_one_step(model)
+    listed = dict(adapters.merged_parameters(model))
+    assert any("lora_" in name for name, _ in model.named_parameters())  # the adapter is still beside the weights
+    adapters.merge(model)
+    merged = dict(model.named_parameters())
+    assert list(listed) == list(plain) == list(merged)
+    assert all(torch.equal(value, merged[name]) for name, value in listed.items())
+    assert any(not torch.equal(value, plain[name]) for name, value in listed.items())

@@ -462,3 +462,45 @@ def test_advantages_do_not_depend_on_the_unit_of_reward(objective):
 def test_bad_groups_are_refused(objective, rewards, groups):
     with pytest.raises(ValueError, match=r"must|divide"):
         objective.group_advantages(torch.tensor(rewards), groups)
+
+
+@pytest.mark.parametrize("spread", [0.5, 6.0])
+@pytest.mark.parametrize("normalize", ["tokens", "sequences", 7.0])
+def test_capped_old_log_probs_weight_each_token_by_its_truncated_ratio(objective, normalize, spread):
+    batch, cap = Batch(), 2.0
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(batch.logp.shape, generator=generator, dtype=torch.float64)
+    sampler_logp = batch.logp.detach() + spread * noise
+    sampler_logp[::5] = batch.logp.detach()[::5] - math.log(cap)  # right at the cap
+    batch.old_logp = objective.capped_old_logp(batch.logp, sampler_logp, cap)
+    no_bonus = GATED._replace(beta_short=0.0, beta_long=0.0)
+    (result,) = batch.run(objective, no_bonus, clip_low=1.0, clip_high=cap, normalize=normalize)
+    result.loss.backward()
+
+    logp = batch.logp.detach().requires_grad_()
+    weight = (logp.detach() - sampler_logp).exp().clamp(max=cap)
+    lengths = batch.cu_seqlens.diff().long()
+    advantage = batch.advantages.repeat_interleave(lengths)
+    counts = torch.stack([batch.mask[batch.tokens(i)].sum() for i in range(5)])
+    share = {
+        "tokens": torch.ones(5, dtype=torch.float64) / counts.sum(),
+        "sequences": 1 / (5 * counts.double()),
+        7.0: torch.ones(5, dtype=torch.float64) / 7.0,
+    }[normalize].repeat_interleave(lengths)
+    policy = -(share * weight * advantage * batch.mask)
+    (policy * logp).sum().backward()
+    torch.testing.assert_close(batch.logp.grad, logp.grad, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(result.loss.detach(), policy.sum(), rtol=1e-13, atol=1e-15)
+    assert result.metrics["clip/low"] == result.metrics["clip/high"] == 0
+    capped = weight[batch.mask] == cap
+    assert capped.any()
+    assert not capped.all()
+
+
+def test_mismatch_metrics_are_those_of_the_ratio(objective):
+    sampler_logp = torch.tensor([-1.0, -2.0, -3.0, -0.5], dtype=torch.float32)
+    ratio = torch.tensor([1.0, 2.5, 0.25, 1.5], dtype=torch.float64)
+    logp = (sampler_logp.double() + ratio.log()).requires_grad_()
+    metrics = objective.mismatch_metrics(logp, sampler_logp, 2.0)
+    assert metrics["mismatch/capped"] == 0.25
+    assert metrics["mismatch/kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean()), rel=1e-12)

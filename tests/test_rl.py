@@ -541,3 +541,43 @@ def test_the_rate_is_constant_unless_told_to_warm_up_and_to_fall(make):
     for number in (0, 50, 99):
         constant.step(TASKS, MIXED, number)
     assert scales == [1.0, 1.0, 1.0]
+
+
+def test_with_a_server_each_token_is_weighted_by_its_capped_ratio(make):
+    sizes = {"layers": 1, "hidden": 16, "heads": 2, "kv_heads": 2, "intermediate": 16, "path": "some model"}
+    served = {"slots": 8, "backend": "vllm"}
+    setting = make(
+        dtype=torch.float64, model=sizes, rollout=served, arm="none", rl={"grad_clip": 1e9, "importance_cap": 1.5}
+    )
+    sample, rng = setting.trainer._sample, np.random.default_rng(0)
+
+    def elsewhere(tasks, step):
+        played = sample(tasks, step)
+        return [dataclasses.replace(t, logp=t.logp + rng.normal(0, 0.5, len(t.ids)).astype(np.float32)) for t in played]
+
+    setting.trainer._sample = elsewhere
+    before = copy.deepcopy(setting.model)
+    metrics = setting.step(TASKS, MIXED).metrics
+
+    trajectories = setting.trainer.last
+    sampled = torch.from_numpy(np.concatenate([t.source == SOURCE_SAMPLED for t in trajectories]))
+    logp = packed_logp_entropy(before, pack([t.ids for t in trajectories]), sampled).logp
+    theirs = torch.from_numpy(np.concatenate([t.logp for t in trajectories]))[sampled]
+    weight = (logp.detach() - theirs).exp().clamp(max=1.5)
+    rewards = torch.tensor(setting.trainer.last_rewards, dtype=torch.float64).view(-1, GROUP)
+    advantage = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten().float()
+    lengths = torch.tensor([int((t.source == SOURCE_SAMPLED).sum()) for t in trajectories])
+    (-(weight * advantage.repeat_interleave(lengths) * logp).sum() / lengths.sum()).backward()
+    for name, parameter in before.named_parameters():
+        # Advantages are float32.
+        torch.testing.assert_close(setting.gradient[name], parameter.grad, rtol=1e-5, atol=1e-9)
+    assert 0 < metrics["mismatch/capped"] < 1
+    assert metrics["mismatch/kl"] > 0.01
+    assert metrics["ratio/max"] == pytest.approx(1.5)
+
+
+def test_without_a_server_nothing_is_weighted(make):
+    setting = make(rl={"importance_cap": 1.0})
+    metrics = setting.step(TASKS, MIXED).metrics
+    assert setting.trainer.settings.clip_high == setting.config.rl.clip_high
+    assert not {"mismatch/kl", "mismatch/capped"} & metrics.keys()

@@ -11,21 +11,44 @@ ids are append-only. Rewards and batching for training are elsewhere.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, ParsedReply
 from autotool_fast.errors import UserError
-from autotool_fast.rollout.engine import SlotEngine
-from autotool_fast.rollout.records import StopReason, Trajectory
+from autotool_fast.rollout.records import Row, StopReason, Trajectory
 from autotool_fast.rollout.rng import row_seeds
 from autotool_fast.tasks.record import Episode, Task, close_episode
 
 T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """What the driver needs of an engine; `engine.SlotEngine` says what each method does."""
+
+    model: Any
+    max_len: int
+
+    def session(
+        self, *, stop_ids: Collection[int], temperature: float
+    ) -> AbstractContextManager[Engine]: ...
+    def submit(
+        self, prompt: Sequence[int], keys: Sequence[int], seeds: np.ndarray, max_new_tokens: int
+    ) -> None: ...
+    def extend(self, key: int, ids: Sequence[int], max_new_tokens: int) -> None: ...
+    def step(self) -> list[tuple[int, bool]]: ...
+    def row(self, key: int) -> Row: ...
+    def room(self, key: int) -> int: ...
+    def age(self, key: int) -> float: ...
+    def excuse(self, key: int, seconds: float) -> None: ...
+    def older_than(self, seconds: float) -> list[int]: ...
+    def release(self, key: int) -> None: ...
+    @property
+    def busy(self) -> bool: ...
 
 
 class Chat(Protocol):
@@ -120,7 +143,7 @@ class _Driver:
 
     def __init__(
         self,
-        engine: SlotEngine,
+        engine: Engine,
         chat: Chat,
         tasks: Sequence[Task],
         mode: str,
@@ -259,7 +282,7 @@ class _Driver:
 
 
 def rollout(
-    engine: SlotEngine,
+    engine: Engine,
     tasks: Sequence[Task],
     *,
     chat: Chat,

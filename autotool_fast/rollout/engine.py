@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from autotool_fast.errors import UserError
 from autotool_fast.policy import logit_options
 from autotool_fast.rollout.attention import ATTENTION_NAME, SlotCache, plan_batch
+from autotool_fast.rollout.records import Row
 
 _FREE = -1
 
@@ -54,15 +55,6 @@ class EngineStats:
     steps: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """Views of one row's T tokens, valid until the next engine call: ids int64, logp and entropy float32."""
-
-    ids: np.ndarray
-    logp: np.ndarray
-    entropy: np.ndarray
 
 
 class SlotEngine:

@@ -1,4 +1,4 @@
-"""What a rollout returns: one `Trajectory` per sample, and why it stopped.
+"""What an engine tells of a row, and what a rollout returns: one `Trajectory` per sample, and why it stopped.
 
 Token ids are kept exactly as the model saw and sampled them; each carries its source (see `chat`). Rewards,
 losses and metrics are computed elsewhere from these records.
@@ -13,6 +13,15 @@ import numpy as np
 
 from autotool_fast.chat import SOURCE_SAMPLED, ParsedReply
 from autotool_fast.tasks.record import Task
+
+
+@dataclass(frozen=True)
+class Row:
+    """Views of one row's T tokens, valid until the next engine call: ids int64, logp and entropy float32."""
+
+    ids: np.ndarray
+    logp: np.ndarray
+    entropy: np.ndarray
 
 
 class StopReason(str, Enum):
