@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from autotool_fast.chat import ChatFormat, ParsedReply, chat_format, chat_template
-from autotool_fast.tasks.record import Task
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from autotool_fast.chat import ChatFormat, ParsedReply, chat_format, chat_template
+from autotool_fast.tasks.record import Task
 
 TURNS = 4
 STRENGTH = 60.0  # logit of the scripted token; the others' are below 25 (cosine of two random rows of the head)
@@ -32,7 +33,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OPENING = "[no_think]\n"
 CALL = ("<tool_call>", '\n{"name": "look_up", "arguments": {"shelf": "', "oak", '"}}\n', "</tool_call>")
 CALL_TOKENS = len(CALL) + 2  # with the mode tag before and the stop token after
-ASK = "Find out what lies in box {0} and box {1}, look at shelf {2} before you answer, and say which of them is heavier."
+ASK = "Find out what lies in box {0} and box {1}, look at shelf {2} before you answer, and say which is heavier."
 
 
 def look_up(shelf: str) -> str:
@@ -174,11 +175,11 @@ class Script:
         ids = make_tokenizer().convert_tokens_to_ids
         self._opening, stop = ids(OPENING), ids("<|im_end|>")
         words = ids([_word(number) for number in range(work.longest)])
-        chain = [self._opening, *ids(list(CALL)), stop]
+        self._call = [*ids(list(CALL)), stop]
         device = model.device
         following = torch.full((model.config.vocab_size,), self._opening, device=device)
-        # The call comes after the last word, and a word after the one that is one higher.
-        for token, after in (*itertools.pairwise(words[::-1]), (words[0], chain[1]), *itertools.pairwise(chain[1:])):
+        # Words count down, then comes the call; any other token is followed by the opening of a turn.
+        for token, after in itertools.pairwise([*words[::-1], *self._call]):
             following[token] = after
         self._following = following
         make = torch.Generator().manual_seed(1)
@@ -192,6 +193,11 @@ class Script:
     def turn_length(self, position: int) -> int:
         """Sampled tokens, stop token included, of a turn whose first token is at `position`."""
         return int(self._length[position])
+
+    def reply(self, position: int) -> list[int]:
+        """The turn whose first token is at `position`, stop token included."""
+        words = self._words[: self.turn_length(position) - CALL_TOKENS].flip(0).tolist()
+        return [self._opening, *words, *self._call]
 
     def remove(self) -> None:
         """Take the hook off the model."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from autotool_fast.chat import SOURCE_SAMPLED, ChatFormat
-from autotool_fast.rollout.driver import RolloutLimits, rollout
-from autotool_fast.rollout.engine import SlotEngine
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from autotool_fast.chat import SOURCE_SAMPLED, ChatFormat
+from autotool_fast.rollout.driver import RolloutLimits, rollout
+from autotool_fast.rollout.engine import SlotEngine
 from benchmarks.episodes import (
     TURNS,
     Counts,
@@ -70,18 +70,17 @@ class Setting:
         return max(len(self.chat.encode_prompt(p, [tool_schema()])) for p in prompts) + self.work.most_new_tokens
 
 
-def contestants(setting: Setting) -> list[Contestant | Absent]:
-    """All of them, or why one is absent."""
-    return collect(
-        {
-            "autotool": lambda: _ours(setting),
-            "generate": lambda: _generate(setting),
-            "generate_kept": lambda: _generate_kept(setting),
-            "continuous": lambda: _continuous(setting),
-            "trl": lambda: _trl(setting),
-            "vllm": lambda: _vllm(setting),
-        }
-    )
+def contestants(setting: Setting, wanted: Callable[[str], bool]) -> list[Contestant | Absent]:
+    """Those that are wanted, or why one is absent."""
+    adapters = {
+        "autotool": _ours,
+        "generate": _generate,
+        "generate_kept": _generate_kept,
+        "continuous": _continuous,
+        "trl": _trl,
+        "vllm": _vllm,
+    }
+    return collect({name: lambda make=make: make(setting) for name, make in adapters.items() if wanted(name)})
 
 
 def _ours(setting: Setting) -> Contestant:
@@ -99,7 +98,7 @@ def _ours(setting: Setting) -> Contestant:
             tuple(len(t.turn_spans) for t in played), tuple(int((t.source == SOURCE_SAMPLED).sum()) for t in played)
         )
 
-    return Contestant("autotool", run, "SlotEngine through the rollout driver; log-probs and entropies recorded as well")
+    return Contestant("autotool", run, "SlotEngine through the rollout driver; records log-probs and entropies too")
 
 
 def _sampling(setting: Setting) -> GenerationConfig:
@@ -284,3 +283,43 @@ def _trl(setting: Setting) -> Contestant:
 
     run.folder = folder  # deleted with it
     return Contestant("trl", run, f"TRL {trl.__version__} GRPOTrainer's own generation and tool loop")
+
+
+def _vllm(setting: Setting) -> Contestant:
+    import vllm
+
+    work, chat, script = setting.work, setting.chat, setting.script
+    folder = tempfile.TemporaryDirectory()
+    setting.model.save_pretrained(folder.name)
+    chat.tokenizer.save_pretrained(folder.name)
+    llm = vllm.LLM(
+        model=folder.name,
+        dtype=str(setting.model.dtype).removeprefix("torch."),
+        max_model_len=setting.max_len,
+        max_num_seqs=work.episodes,
+        gpu_memory_utilization=0.3,
+        enable_prefix_caching=True,
+    )
+
+    def run(seed: int) -> Counts:
+        histories = Histories(work, chat)
+        llm.reset_prefix_cache()  # another step's weights would be others
+        for turn in range(TURNS):
+            # It runs the model without the script, so what it samples is counted and the script's reply of the same
+            # length goes into the history.
+            said = [script.reply(len(ids)) for ids in histories.ids]
+            params = [
+                vllm.SamplingParams(
+                    max_tokens=len(reply), ignore_eos=True, logprobs=0, seed=seed + turn, detokenize=False
+                )
+                for reply in said
+            ]
+            outputs = llm.generate([{"prompt_token_ids": list(ids)} for ids in histories.ids], params, use_tqdm=False)
+            for episode, output in enumerate(outputs):
+                histories.reply(episode, said[episode][-len(output.outputs[0].token_ids) :])
+        return histories.counts()
+
+    run.folder = folder  # deleted with it
+    return Contestant(
+        "vllm", run, f"vLLM {vllm.__version__}, a batch per turn, prefix cache; no script: replies of the same lengths"
+    )
