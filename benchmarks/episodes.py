@@ -55,7 +55,7 @@ class Work:
         result_tokens: longest tool result, in words of one token each; the shortest is a quarter of it.
     """
 
-    prompts: int = 4
+    prompts: int = 2
     group: int = 16
     shortest: int = 12
     longest: int = 60
@@ -86,6 +86,7 @@ class Shape:
     heads: int = 4
     kv_heads: int = 2
     max_len: int = 2048
+    tied: bool = False  # one matrix for embeddings and head
 
 
 def _word(number: int) -> str:
@@ -156,7 +157,7 @@ def make_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.fl
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocab,
         max_position_embeddings=shape.max_len,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
         eos_token_id=make_tokenizer().eos_token_id,
         pad_token_id=make_tokenizer().pad_token_id,
     )
@@ -217,8 +218,8 @@ class Script:
 
 
 def question(prompt: int) -> list[dict[str, str]]:
-    """The first messages of a prompt's episodes."""
-    numbers = [(7 * prompt + 13 * i) % 100 for i in range(3)]
+    """The first messages of a prompt's episodes; all questions have the same number of tokens."""
+    numbers = [10 + (7 * prompt + 13 * i) % 90 for i in range(3)]
     return [{"role": "user", "content": ASK.format(*numbers)}]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """Options of this script."""
     p = end_to_end.parser(__doc__, "rollout")
-    p.add_argument("--quick", action="store_true", help="one prompt, ours and model.generate alone")
+    p.add_argument("--quick", action="store_true", help="one prompt, ours and model.generate")
     p.add_argument("--vocab", type=end_to_end.positive, default=32768, metavar="N", help="vocabulary (default 32768)")
     p.add_argument(
         "--turn-tokens",

@@ -221,6 +221,7 @@ def trl_trainer(model: PreTrainedModel, folder: str, prompts: int, group: int, *
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # its telemetry would wait for a network
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
     given = {key: changes.pop(key) for key in ("tools", "reward_funcs") if key in changes}
@@ -237,13 +238,15 @@ def trl_trainer(model: PreTrainedModel, folder: str, prompts: int, group: int, *
         disable_tqdm=True,
         **changes,
     )
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=model,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": question(prompt)} for prompt in range(prompts)]),
         processing_class=make_chat().tokenizer,
         **{"reward_funcs": _no_reward, **given},
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _no_reward(completions: list, **_: Any) -> list[float]:
