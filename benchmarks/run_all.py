@@ -1,6 +1,6 @@
 """`make bench`: every benchmark of this folder, one after the other, each in a process of its own.
 
-Those of the kernels run in their quick form; their full forms are for a machine with a GPU.
+Those with a quick form run in it; the full forms of the kernels' are for a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ SCRIPTS = (
     ("logits_logp_entropy", "--quick"),
     ("policy_loss", "--quick"),
     ("sample_logp_entropy", "--quick"),
+    ("rollout", "--quick"),
+    ("train_step", "--quick"),
     ("collapse",),
     ("default_run",),
 )

@@ -266,12 +266,13 @@ class SlotEngine:
     def _logits(self, hidden: Tensor) -> Tensor:
         """The model's logits [rows, V] of hidden states [rows, H]; float32 also of low-precision weights."""
         head = self.model.get_output_embeddings()
-        if head.weight.dtype in (torch.float32, torch.float64):
+        bias, wide = getattr(head, "bias", None), torch.promote_types(head.weight.dtype, torch.float32)
+        if wide == head.weight.dtype and (bias is not None or type(head) is not torch.nn.Linear):
             logits = head(hidden)
         else:  # as the trainer computes them: bfloat16 logits would be off by up to 2^-9 of their size
-            logits = project(hidden, head.weight, torch.float32)
-            if getattr(head, "bias", None) is not None:
-                logits += head.bias
+            logits = project(hidden, head.weight, wide)
+            if bias is not None:
+                logits += bias
         if self._scale != 1.0:
             logits = logits * self._scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
