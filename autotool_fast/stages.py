@@ -18,6 +18,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
-from autotool_fast import files
+from autotool_fast import distributed, files
 from autotool_fast.chat import parse_reply
 from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
@@ -38,13 +39,14 @@ from autotool_fast.loop import (
     StageState,
     StepResult,
     StopFlag,
+    open_metrics,
     run_steps,
 )
-from autotool_fast.metrics import MetricsWriter, Progress
+from autotool_fast.metrics import Progress
 from autotool_fast.pipeline import Pipeline, load_model
 from autotool_fast.refine import refine
 from autotool_fast.rl import PolicyTrainer, policy_optimizers, reward_table
-from autotool_fast.rollout.driver import rollout
+from autotool_fast.rollout.ranks import rollout_over_ranks
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.runs import RunFolder
 from autotool_fast.tasks.record import Task
@@ -100,12 +102,13 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
 
     def sampled(done: int) -> None:
         progress.update(done)
-        p.context.stop.check()
+        if p.context.stop.requested:
+            raise Interrupted
 
     engine = p.engine(p.load("base"))
 
     def samples(mode: str, number: int) -> list[list[Trajectory]]:
-        trajectories = rollout(
+        trajectories = rollout_over_ranks(
             engine,
             tasks,
             chat=p.chat,
@@ -124,7 +127,12 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
         long = [sum(t.correct for t in group) for group in groups]
         traces = [next((imitate(t, p.chat) for t in group if t.correct), None) for group in groups]
     else:
-        lessons = _writable(teacher.teach(tasks, lambda done: sampled(per_mode + done)), p)
+
+        def taught(mine: Sequence[int]) -> list[Lesson]:
+            share = [tasks[i] for i in mine]
+            return teacher.teach(share, lambda done: sampled(per_mode + done * len(tasks) // len(share)))
+
+        lessons = _writable(distributed.spread(len(tasks), taught), p)
         long = [lesson.correct for lesson in lessons]
         traces = [
             None if lesson.replies is None else demonstrate(task, lesson.replies, p.chat)
@@ -146,7 +154,8 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
         }
         for task, outcome, trace in zip(tasks, outcomes, traces, strict=True)
     ]
-    files.write_text(p.run.path / "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    distributed.on_main(lambda: files.write_text(p.run.path / "labels.jsonl", text))
     table = label_table(outcomes, *rule)
     return {"rule": p.config.label_rule, "k": config.k, "table": [vars(row) for row in table]}
 
@@ -167,6 +176,10 @@ def _writable(lessons: Sequence[Lesson], p: Pipeline) -> list[Lesson]:
 
 def _demo_json(demo: Demonstration) -> dict[str, list[int]]:
     return {"ids": demo.ids.tolist(), "trained": demo.trained.astype(int).tolist()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    distributed.on_main(lambda: files.write_json(path, value))
 
 
 def _read_labels(p: Pipeline) -> list[dict[str, Any]]:
@@ -232,7 +245,7 @@ def refine_prompts(p: Pipeline) -> dict[str, Any]:
     config, rl = p.config.refine, p.config.rl
     pool = p.problems.training(config.prompts, "rl")
     if not config.enabled:
-        files.write_json(p.run.path / "refined.json", {"kept": list(range(len(pool))), "report": {}})
+        _write_json(p.run.path / "refined.json", {"kept": list(range(len(pool))), "report": {}})
         return {"kept": len(pool), "pool": len(pool)}
     model = _start_model(p)
     state = StageState(model, p.tokenizer, policy_optimizers(rl, model))
@@ -274,7 +287,7 @@ def refine_prompts(p: Pipeline) -> dict[str, Any]:
         keep=config.keep,
         rank=config.rank,
     )
-    files.write_json(p.run.path / "refined.json", {"kept": result.kept.tolist(), "report": result.report})
+    _write_json(p.run.path / "refined.json", {"kept": result.kept.tolist(), "report": result.report})
     return {"kept": len(result.kept), **result.report}
 
 
@@ -314,7 +327,7 @@ def rl(p: Pipeline) -> dict[str, Any]:
         if not config.eval_every or (done % config.eval_every and done != config.steps):
             return {}
         first = slice(0, 4 * config.group_size, config.group_size)
-        transcripts.replace("rl", done, trainer.last[first], trainer.last_rewards[first])
+        distributed.on_main(lambda: transcripts.replace("rl", done, trainer.last[first], trainer.last_rewards[first]))
         with p.context.timer.phase("eval"):
             result = evaluate(engine, p.chat, held_out, p.weights, limits=p.limits, modes=("auto",))["auto"]
         metrics = {f"eval/{name}": result["overall"][name] for name in ("accuracy", "think_rate", "tokens")}
@@ -365,7 +378,7 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
             p.context.stop.check()
             if name == names[-1] and mode == "auto":
                 shown = one_per_cell(trajectories)
-                transcripts.replace("eval", 0, shown, rewards_of(shown, table))
+                distributed.on_main(lambda: transcripts.replace("eval", 0, shown, rewards_of(shown, table)))
 
         models[name] = evaluate(
             p.engine(p.load(name)),
@@ -388,7 +401,7 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
         "easy_share": p.config.world.easy_share,
         "vocabulary": len(p.tokenizer),
     }
-    files.write_json(p.run.path / "results.json", results)
+    _write_json(p.run.path / "results.json", results)
     return {name: values["auto"]["overall"] for name, values in models.items()}
 
 
@@ -419,7 +432,7 @@ def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
     """
     with Progress() as progress:
         try:
-            metrics = MetricsWriter.open(run.metrics, lambda row: True)
+            metrics = open_metrics(run, lambda row: True)
             context = Context(config, run, metrics, progress, StopFlag())
             try:
                 with context.stop.installed(progress.say):
@@ -458,13 +471,14 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
                         context.progress.say(f"{stage}: finished before")
                         continue
                     context.stop.check()
-                    run.finish_stage(stage, STAGES[stage](pipeline))
+                    summary = STAGES[stage](pipeline)
+                    distributed.on_main(partial(run.finish_stage, stage, summary))
         except Interrupted:
             context.progress.finish()
             flag = "--resume in place of --overwrite" if config.overwrite else "--resume"
             context.progress.say(f"interrupted; saved in {run.path}, repeat the command with {flag} to continue")
-            write_report(run.path)
+            distributed.on_main(lambda: write_report(run.path))
             return 130
-        report = write_report(run.path)
+        report = distributed.on_main(lambda: write_report(run.path))
     print_summary(run.path, report)
     return 0

@@ -269,6 +269,7 @@ def rollout(
     mode: str = "auto",
     temperature: float = 1.0,
     limits: RolloutLimits | None = None,
+    groups: Sequence[int] | None = None,
     malformed_ends: bool = True,
     close: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -284,6 +285,7 @@ def rollout(
         mode: "auto" lets the model write the mode tag; "think" and "no_think" put it before every turn.
         temperature: of the sampling distribution; 0 is greedy.
         limits: budgets of each episode.
+        groups: numbers that stand for the groups in their seeds; their places here if not given.
         malformed_ends: whether a malformed reply ends every episode; else one that has `malformed` says itself what
             follows such a reply (a list of messages, or None when it is over).
         close: whether an episode is closed once it is over; else that is left to whoever keeps it.
@@ -301,8 +303,8 @@ def rollout(
     with ExitStack() as stack:
         stack.enter_context(engine.session(stop_ids=chat.stop_ids, temperature=temperature))
         stack.callback(driver.close_all)
-        for group in range(len(tasks)):
-            driver.submit(group, group_size, row_seeds(seed, step, group, np.arange(group_size)))
+        for group, number in enumerate(range(len(tasks)) if groups is None else groups):
+            driver.submit(group, group_size, row_seeds(seed, step, number, np.arange(group_size)))
         reported = 0
         while engine.busy:
             for key, stopped in engine.step():
