@@ -20,6 +20,7 @@ from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
 from autotool_fast.errors import UserError
 from autotool_fast.loop import Context, StageState, StepResult, make_optimizers, run_steps, trapezoid
+from autotool_fast.policy import recompute_activations
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
 from autotool_fast.rl import rollout_limits
 from autotool_fast.rollout.engine import SlotEngine
@@ -105,11 +106,12 @@ class Pipeline:
         model = self.load(name)
         if self.config.lora.rank:
             adapters.add(model, self.config.lora, self.config.seed)
+        model.train()
         return model
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         if self.config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         return model.to(self.device)
 
     def save(self, model: PreTrainedModel, name: str) -> None:

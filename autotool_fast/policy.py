@@ -8,7 +8,7 @@ own code is used as it is: attention attaches through `transformers.AttentionInt
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,6 +134,15 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep only the inputs of the decoder layers for the backward pass, which computes the rest again."""
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), attention(model, PACKED_ATTENTION)  # the backward pass runs outside of `packed_hidden`
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Last hidden states of a packed batch, [T, H]."""
     with attention(model, PACKED_ATTENTION):
@@ -195,7 +204,8 @@ class PolicyModule(torch.nn.Module):
         self, batch: PackedBatch, trained: torch.Tensor, *, temperature: float = 1.0, backend: str = "auto"
     ) -> LogpEntropy:
         """See `packed_logp_entropy`."""
-        return packed_logp_entropy(self.model, batch, trained, temperature=temperature, backend=backend)
+        result = packed_logp_entropy(self.model, batch, trained, temperature=temperature, backend=backend)
+        return LogpEntropy(*(value.clone() for value in result))  # wrappers hang hooks on it, which a view may lose
 
 
 def logit_options(config: PretrainedConfig) -> tuple[float, float | None]:

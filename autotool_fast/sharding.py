@@ -39,7 +39,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PolicyModule:
         else MixedPrecisionPolicy()
     )
     kinds = set(getattr(model, "_no_split_modules", None) or ())
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(model.config): model.config}  # one choice of attention for both
 
     def sharded(module: torch.nn.Module) -> torch.nn.Module:
         for parameter in module.parameters():
