@@ -74,7 +74,17 @@ def processes(device: str) -> Iterator[None]:
     dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=TIMEOUT)
     yield
     barrier()
-    dist.destroy_process_group()
+
+
+def leave(code: int) -> int:
+    """The exit code of what is done. One of several processes ends here; its threads of collectives do not always
+    survive the interpreter's orderly end.
+    """
+    if world() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def fail(message: str, code: int) -> int:
@@ -93,9 +103,7 @@ def fail(message: str, code: int) -> int:
             time.sleep(FOLLOWER_DELAY)
     if first:
         print(message if is_main() else f"rank {rank()}: {message}", file=sys.__stderr__, flush=True)
-    sys.stdout.flush()
-    # Not sys.exit: closing the process group would wait for ranks that wait for this one.
-    os._exit(code)
+    return leave(code)  # not by closing the process group, which would wait for ranks that wait for this one
 
 
 def barrier() -> None:

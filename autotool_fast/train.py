@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.processes(config.device), _open(config) as run:
             from autotool_fast.stages import run_stages
 
-            return run_stages(config, run)
+            code = run_stages(config, run)
+        return distributed.leave(code)
     except UserError as error:
         return distributed.fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ every rank and whatever the number of ranks. Those of each rank are saved as FOL
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 from scripted_rl import GROUP, HOP, LONG, MALFORMED, MIXED, SET, SHORT, TASKS, WRONG_LONG, Setting, whole
 
 import autotool_fast.rl as rl_module
-from autotool_fast import distributed
+from autotool_fast import adapters, distributed
+from autotool_fast.config import LoraConfig
 from autotool_fast.errors import Interrupted, UserError
 from autotool_fast.evaluate import cell_weights, evaluate
 from autotool_fast.loop import Context, StopFlag, make_optimizers, open_metrics, run_steps
 from autotool_fast.metrics import Progress
-from autotool_fast.policy import packed_logp_entropy
+from autotool_fast.policy import packed_logp_entropy, recompute_activations
 from autotool_fast.rl import rollout_limits
 from autotool_fast.rollout.ranks import rollout_over_ranks
 from autotool_fast.runs import RunFolder
@@ -77,7 +79,18 @@ def low(patch: pytest.MonkeyPatch, folder: Path) -> Result:
 
 def recomputed(patch: pytest.MonkeyPatch, folder: Path) -> Result:
     """Activations are computed again in the backward pass."""
-    return step_of(Setting(patch, rl=OPEN_GATE, recompute=True))
+    return step_of(Setting(patch, rl=OPEN_GATE, prepare=recompute_activations))
+
+
+def adapter(patch: pytest.MonkeyPatch, folder: Path) -> Result:
+    """An adapter beside frozen weights."""
+    return step_of(Setting(patch, rl=OPEN_GATE, prepare=partial(adapters.add, config=LoraConfig(rank=2), seed=0)))
+
+
+def low_adapter(patch: pytest.MonkeyPatch, folder: Path) -> Result:
+    """An adapter beside frozen bfloat16 weights."""
+    add = partial(adapters.add, config=LoraConfig(rank=2), seed=0)
+    return step_of(Setting(patch, dtype=torch.bfloat16, rl=OPEN_GATE, prepare=add))
 
 
 def scoped(patch: pytest.MonkeyPatch, folder: Path) -> Result:
@@ -241,6 +254,8 @@ CASES = {
         double,
         low,
         recomputed,
+        adapter,
+        low_adapter,
         scoped,
         two_sequences,
         constant,
@@ -287,6 +302,7 @@ if __name__ == "__main__":
             for chosen in sys.argv[2:]:
                 part = f"{chosen}-{distributed.rank()}-of-{distributed.world()}.pt"
                 torch.save(perform(chosen, target), target / part)
+        distributed.leave(0)
     except Exception:
         import traceback
 

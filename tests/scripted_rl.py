@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 from autotool_kernels.results import SampledTokens
+from transformers import PreTrainedModel
 
 import autotool_fast.rollout.engine as engine_module
 from autotool_fast.chat import ChatFormat
 from autotool_fast.config import from_dict
 from autotool_fast.loop import StageState, StepResult, make_optimizers
 from autotool_fast.metrics import Timer
-from autotool_fast.policy import recompute_activations
 from autotool_fast.rl import PolicyTrainer
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.rollout.rng import row_seeds
@@ -61,7 +61,7 @@ class Setting:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         tied: bool = True,
-        recompute: bool = False,
+        prepare: Callable[[PreTrainedModel], None] = lambda model: None,
         rl=None,
         **values,
     ) -> None:
@@ -74,8 +74,7 @@ class Setting:
         if not tied:
             self.model.config.tie_word_embeddings = False
             self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().flip(0).clone())
-        if recompute:
-            recompute_activations(self.model)
+        prepare(self.model)
         optimizers = make_optimizers(self.model, lr=options["lr"], weight_decay=0.0)
         self.state = StageState(self.model, tokenizer, optimizers)
         self.engine = SlotEngine(self.model, slots=8, max_len=256)

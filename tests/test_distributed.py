@@ -26,8 +26,8 @@ from autotool_fast.train import main
 torch.set_num_threads(1)
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-STEPS = ("tied", "untied", "recomputed", "scoped", "two_sequences", "relative")
-OTHERS = ("double", "low", "constant", "poisoned", "sft", "sampled", "interrupted_sampling", "saved", "continued")
+STEPS = ("tied", "untied", "recomputed", "adapter", "scoped", "two_sequences", "relative")
+OTHERS = ("double", "low", "low_adapter", "constant", "poisoned", "sft", "sampled", "interrupted_sampling", "saved", "continued")
 ON_TWO = (*STEPS, *OTHERS)
 ON_FOUR = ("tied", "two_sequences", "poisoned", "sft", "continued")
 
@@ -103,8 +103,9 @@ def test_a_float64_step_shows_that_only_rounding_is_left(found):
     assert_step(found[1, "double"], found[2, "double"], relative=1e-7, weights=1e-5)
 
 
-def test_a_bfloat16_model_trains_on_float32_shards(found):
-    one, every = found[1, "low"], found[2, "low"]
+@pytest.mark.parametrize("case", ["low", "low_adapter"])
+def test_a_bfloat16_model_trains_on_float32_shards(found, case):
+    one, every = found[1, case], found[2, case]
     for rank in every:
         for name, value in one["gradient"].items():
             assert rank["gradient"][name].dtype == torch.float32
