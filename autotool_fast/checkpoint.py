@@ -3,12 +3,14 @@
     step-00000040/
       model/               Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it (LoRA: the adapter alone)
       tensors.safetensors  optimizer state, random-generator states, anything else that is a tensor
+      sharded/             of several processes: what they share out (torch.distributed.checkpoint's safetensors)
       state.json           counters, controllers, optimizer hyper-parameters
       manifest.json        format, step, and the size and SHA-256 of every other file; written last
 
 Guarantees: a checkpoint appears under its name only after all of it, manifest included, is on the disk; one
-that is damaged afterwards is recognised and passed over; nothing is pickled. What goes into `tensors` and
-`state` is left to the stages. Restore the random generators last: building a model draws from them.
+that is damaged afterwards is recognised and passed over; nothing is pickled; any number of processes can restore it,
+whatever number wrote it. What goes into `tensors` and `state` is left to the stages. Restore the random generators
+last: building a model draws from them.
 """
 
 from __future__ import annotations
@@ -19,21 +21,24 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autotool_fast import files
+from autotool_fast import distributed, files
 from autotool_fast.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = "autotool_fast.checkpoint/1"
 MANIFEST, STATE, TENSORS, MODEL = "manifest.json", "state.json", "tensors.safetensors", "model"
+SHARDED = "sharded"
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -53,11 +58,18 @@ class Checkpoint:
         """The JSON-able state that was saved."""
         return json.loads((self.path / STATE).read_text(encoding="utf-8"))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that were saved, on the CPU."""
+    def tensors(self, mesh: DeviceMesh | None = None) -> dict[str, torch.Tensor]:
+        """The tensors that were saved, on the CPU.
+
+        Args:
+            mesh: the ranks over which to share out, by rows, those that were saved so; all of them must call.
+        """
         from safetensors.torch import load_file
 
-        return load_file(self.path / TENSORS)
+        tensors = load_file(self.path / TENSORS)
+        if (self.path / SHARDED).is_dir():
+            tensors |= _load_sharded(self.path / SHARDED, mesh)
+        return tensors
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """Copy the saved weights into `model`, in place, so that optimizers keep their parameters."""
@@ -83,7 +95,8 @@ def save(
 ) -> Checkpoint:
     """Write the checkpoint of `step` below `directory`, then remove older ones beyond `keep_last`.
 
-    Checkpoints of later steps are removed too: they belong to a continuation that was abandoned.
+    Checkpoints of later steps are removed too: they belong to a continuation that was abandoned. In several processes
+    all call it: each writes its part of the DTensors among `tensors`, rank 0 the rest.
 
     Raises:
         UserError: the disk refuses the write; what was there before is untouched.
@@ -93,24 +106,34 @@ def save(
 
     assert keep_last >= 1
     final = directory / _name(step)
-    temporary = directory / f".tmp-{final.name}-{os.getpid()}"
-    try:
+    temporary = directory / f".tmp-{final.name}-{distributed.on_main(os.getpid)}"
+
+    def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
         _recover(directory)
         temporary.mkdir()
+
+    def finish() -> None:
         _write_contents(temporary, step, model, tokenizer, tensors, state)
         _publish(temporary, final)
+
+    try:
+        distributed.on_main(begin)
+        if distributed.world() > 1:
+            tensors = _save_sharded(temporary / SHARDED, tensors)
+        distributed.on_main(finish)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         remedy = "free some space or check the permissions, then continue with --resume"
         raise UserError(f"cannot be written ({reason})", where=str(final), remedy=remedy) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    found = _by_step(directory)
-    kept = [s for s in sorted(found) if s <= step][-keep_last:]
-    for old, path in found.items():
-        if old not in kept:
-            shutil.rmtree(path)
+    if distributed.is_main():
+        found = _by_step(directory)
+        kept = [s for s in sorted(found) if s <= step][-keep_last:]
+        for old, path in found.items():
+            if old not in kept:
+                shutil.rmtree(path)
     return Checkpoint(final, step)
 
 
@@ -313,6 +336,41 @@ def _write_contents(
     for path in [*written, *(path for path in folder.rglob("*") if path.is_dir())]:
         files.sync(path)
     files.write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": recorded})
+
+
+def _save_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Write the DTensors, every rank its part; returns the tensors that are none."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.tensor import DTensor
+
+    shared = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    try:
+        dcp.save(shared, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise reason from error
+    return {name: tensor for name, tensor in tensors.items() if name not in shared}
+
+
+def _load_sharded(folder: Path, mesh: DeviceMesh | None) -> dict[str, torch.Tensor]:
+    """What `_save_sharded` wrote: whole tensors without a mesh, else DTensors shared out over it by rows."""
+    import torch
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import empty as empty_shared
+
+    tensors = {}
+    for name, saved in dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        if mesh is None:
+            tensors[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
+        else:
+            rows = {"device_mesh": mesh, "placements": [Shard(0)]}
+            tensors[name] = empty_shared(saved.size, dtype=saved.properties.dtype, **rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that one process is alone is not news
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=mesh is None)
+    return tensors
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -1,4 +1,4 @@
-"""Errors a user can fix.
+"""Errors a user can fix, and the user's wish to stop.
 
 `UserError` carries what went wrong, where, and the remedy; the command line prints it as one line without a
 traceback and exits with code 2. Anything else that escapes is a bug and keeps its traceback.
@@ -26,3 +26,7 @@ class UserError(Exception):
         line = f"{self.where}: {self.what}" if self.where else self.what
         line = f"{line}; {self.remedy}" if self.remedy else line
         return " ".join(line.splitlines())  # reasons taken over from libraries may have several
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C and the stage has saved what it had."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from autotool_fast.chat import MODES, ChatFormat
 from autotool_fast.rewards import RewardTable, routing_regret
-from autotool_fast.rollout.driver import Engine, RolloutLimits, rollout
+from autotool_fast.rollout.driver import Engine, RolloutLimits
+from autotool_fast.rollout.ranks import rollout_over_ranks
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.world import BANDS, World, band
@@ -102,7 +103,7 @@ def evaluate(
     parameters = sum(p.numel() for p in engine.model.parameters())
     results = {}
     for mode in modes:
-        trajectories = rollout(
+        trajectories = rollout_over_ranks(
             engine,
             tasks,
             chat=chat,

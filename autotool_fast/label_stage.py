@@ -13,15 +13,16 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from autotool_fast import files
+from autotool_fast import distributed, files
 from autotool_fast.chat import parse_reply
+from autotool_fast.errors import Interrupted
 from autotool_fast.eval.harness import fingerprint
 from autotool_fast.labeling import Outcome, label, label_table
 from autotool_fast.partial import PartialResults
-from autotool_fast.rollout.driver import rollout
+from autotool_fast.rollout.ranks import rollout_over_ranks
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
-from autotool_fast.teacher import Lesson, make_teacher
+from autotool_fast.teacher import Lesson, Teacher, make_teacher
 from autotool_fast.warmup import Demonstration, demonstrate, imitate
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
 
     def sampled(done: int) -> None:
         progress.update(done)
-        p.context.stop.check()
+        if p.context.stop.requested:
+            raise Interrupted
 
     engine = cache(lambda: p.engine(p.load("base")))
 
@@ -71,14 +73,14 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
 
             # A stop at the very end of a part waits until the part is kept.
             def sample(first: int = first, part: Sequence[Task] = part, before: int = before) -> list[Any]:
-                trajectories = rollout(
+                trajectories = rollout_over_ranks(
                     engine(),
                     part,
                     chat=p.chat,
                     group_size=config.k,
                     seed=p.config.seed,
                     step=number,
-                    first_group=first,
+                    groups=range(first, first + len(part)),
                     mode=mode,
                     limits=p.limits,
                     on_progress=lambda done, total: sampled(before + done) if done < total else None,
@@ -86,7 +88,8 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
                 return [read(trajectories[i : i + config.k]) for i in range(0, len(trajectories), config.k)]
 
             values += kept.part(f"{mode}/{first}-{first + len(part)}", sample)
-            sampled(before + len(part) * config.k)
+            progress.update(before + len(part) * config.k)
+            p.context.stop.check()
         return values
 
     def thought(group: list[Trajectory]) -> list[Any]:
@@ -97,7 +100,7 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
     if teacher is None:
         long, traces = map(list, zip(*samples("think", 1, thought), strict=True))
     else:
-        lessons = _writable(teacher.teach(tasks, lambda done: sampled(per_mode + done), kept.part), p)
+        lessons = _writable(_taught(teacher, tasks, lambda done: sampled(per_mode + done), kept), p)
         long = [lesson.correct for lesson in lessons]
         traces = [
             None if lesson.replies is None else _demo_json(demonstrate(task, lesson.replies, p.chat))
@@ -121,10 +124,28 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
         }
         for task, outcome, trace in zip(tasks, outcomes, traces, strict=True)
     ]
-    files.write_text(p.run.path / "labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    distributed.on_main(lambda: files.write_text(p.run.path / "labels.jsonl", text))
     kept.remove()
     table = label_table(outcomes, *rule)
     return {"rule": p.config.label_rule, "k": config.k, "table": [vars(row) for row in table]}
+
+
+def _taught(
+    teacher: Teacher, tasks: Sequence[Task], on_sample: Callable[[int], None], kept: PartialResults
+) -> list[Lesson]:
+    """A teacher's lessons. One process asks it for all of them: a server has its own parallelism."""
+
+    def teach() -> list[Lesson] | None:
+        try:
+            return teacher.teach(tasks, on_sample, kept.part)
+        except Interrupted:
+            return None
+
+    lessons = distributed.on_main(teach)
+    if lessons is None:
+        raise Interrupted
+    return lessons
 
 
 def _writable(lessons: Sequence[Lesson], p: Pipeline) -> list[Lesson]:

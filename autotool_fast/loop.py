@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from autotool_fast import checkpoint, files
+from autotool_fast import checkpoint, distributed, files
 from autotool_fast.config import Stage, TrainConfig
-from autotool_fast.errors import UserError
-from autotool_fast.metrics import MetricsWriter, Progress, Timer
+from autotool_fast.errors import Interrupted, UserError
+from autotool_fast.metrics import MetricsWriter, Progress, Row, Timer
 from autotool_fast.runs import RunFolder
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 MAX_SKIPPED = 3
-
-
-class Interrupted(Exception):
-    """The user pressed Ctrl-C and the stage has saved what it had."""
 
 
 class StopFlag:
@@ -57,8 +58,8 @@ class StopFlag:
             signal.signal(signal.SIGINT, before)
 
     def check(self) -> None:
-        """Raise `Interrupted` when a stop was asked for."""
-        if self.requested:
+        """Raise `Interrupted` when a stop was asked for, of any rank. Every rank must call it."""
+        if distributed.any_rank(self.requested):
             raise Interrupted
 
 
@@ -81,14 +82,18 @@ class Optimizers:
     a relative change below 2^-9 would be lost in bfloat16, and updates are smaller.
 
     Args:
-        model: its parameters are split by shape.
+        model: its parameters are split by shape; kept as `trained`.
         lr: peak learning rate.
         weight_decay: decoupled.
         matrix: "adamw" for AdamW on everything, "muon" for Muon on the decoder's weight matrices and AdamW on the rest
             (embeddings, norms). Muon's update is scaled to AdamW's root mean square, so one `lr` serves both.
     """
 
-    def __init__(self, model: PreTrainedModel, *, lr: float, weight_decay: float, matrix: str = "adamw") -> None:
+    mesh: DeviceMesh | None = None
+    """The ranks that share the state out, if it is sharded."""
+
+    def __init__(self, model: torch.nn.Module, *, lr: float, weight_decay: float, matrix: str = "adamw") -> None:
+        self.trained = model
         self._copies: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []  # (parameter, its float32 copy)
         named = [(name, self._float32(p)) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
@@ -126,7 +131,7 @@ class Optimizers:
         A gradient norm, or one of the `measured` numbers (the loss), that is not finite clears the gradients and
         changes nothing else.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm))
+        norm = self._clip(max_norm)
         finite = all(map(math.isfinite, (norm, *measured)))
         for optimizer in self.members:
             if finite:
@@ -139,6 +144,9 @@ class Optimizers:
                 for parameter, copy in self._copies:
                     parameter.copy_(copy)
         return norm, finite
+
+    def _clip(self, max_norm: float) -> float:
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm))
 
     def pack(self) -> tuple[dict[str, torch.Tensor], list[Any]]:
         """State as (tensors, JSON-able rest)."""
@@ -157,6 +165,14 @@ class Optimizers:
         with torch.no_grad():
             for i, (_, copy) in enumerate(self._copies):
                 copy.copy_(tensors[f"float32/{i}"])
+
+
+def make_optimizers(model: PreTrainedModel, *, lr: float, weight_decay: float, matrix: str = "adamw") -> Optimizers:
+    """`Optimizers` over the model, or in several processes over shards of it."""
+    kind: type[Optimizers] = Optimizers
+    if distributed.world() > 1:
+        from autotool_fast.sharding import ShardedOptimizers as kind
+    return kind(model, lr=lr, weight_decay=weight_decay, matrix=matrix)
 
 
 def trapezoid(step: int, steps: int, warmup: int, decay: float = 0.3, floor: float = 0.02) -> float:
@@ -184,6 +200,11 @@ class StageState:
     optimizers: Optimizers
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def trained(self) -> torch.nn.Module:
+        """What computes log-probs with gradients: the model itself, or its shards."""
+        return self.optimizers.trained
+
 
 def run_steps(
     context: Context,
@@ -210,9 +231,12 @@ def run_steps(
         UserError: when three steps in a row were not finite.
     """
     folder = context.run.checkpoints(stage)
-    found = checkpoint.latest(folder, warn=context.progress.say) if context.config.resume else None
+    found = None
+    if context.config.resume:
+        found = distributed.on_main(lambda: checkpoint.latest(folder, warn=context.progress.say))
     first, elapsed, skipped = (0, 0.0, 0) if found is None else (found.step, *_restore(found, state))
-    context.metrics = _reopen_metrics(context, stage, first)
+    context.metrics.close()  # and drop the rows that this stage is about to write again
+    context.metrics = open_metrics(context.run, lambda row: row["stage"] != stage or row["step"] <= first)
     context.progress.start(stage, steps, first, every_step=True)
     context.timer.take()
     begin = time.perf_counter() - elapsed
@@ -228,7 +252,7 @@ def run_steps(
         if not result.finite:
             _keep_bad_batch(context, stage, index + 1, result.batch, skipped)
         if index + 1 < steps:
-            stop = context.stop.requested
+            stop = distributed.any_rank(context.stop.requested)
             if stop or (checkpoint_every and (index + 1) % checkpoint_every == 0):
                 _save(context, stage, index + 1, state, seconds, skipped)
             if stop:
@@ -252,7 +276,7 @@ def _save(context: Context, stage: Stage, step: int, state: StageState, seconds:
 
 def _restore(found: checkpoint.Checkpoint, state: StageState) -> tuple[float, int]:
     """Put the state back; returns the seconds the stage had taken and its skipped steps in a row."""
-    saved, tensors = found.state(), found.tensors()
+    saved, tensors = found.state(), found.tensors(state.optimizers.mesh)
     found.load_weights(state.model)
     state.optimizers.unpack(tensors, saved["optimizers"])
     state.extra.clear()
@@ -261,16 +285,16 @@ def _restore(found: checkpoint.Checkpoint, state: StageState) -> tuple[float, in
     return saved["seconds"], saved["skipped"]
 
 
-def _reopen_metrics(context: Context, stage: Stage, first: int) -> MetricsWriter:
-    """Drop the rows this stage is about to write again."""
-    context.metrics.close()
-    return MetricsWriter.open(context.run.metrics, lambda row: row["stage"] != stage or row["step"] <= first)
+def open_metrics(run: RunFolder, keep: Callable[[Row], bool]) -> MetricsWriter:
+    """Continue the run's metrics.jsonl (see `MetricsWriter.open`) on rank 0; other ranks write theirs to nowhere."""
+    return MetricsWriter.open(run.metrics, keep) if distributed.is_main() else MetricsWriter(Path(os.devnull))
 
 
 def _keep_bad_batch(context: Context, stage: Stage, step: int, batch: Any, skipped: int) -> None:
     path = context.run.path / "bad_batches" / f"{stage}-{step}.json"
-    path.parent.mkdir(exist_ok=True)
-    files.write_text(path, json.dumps(batch))
+    if distributed.is_main():
+        path.parent.mkdir(exist_ok=True)
+        files.write_text(path, json.dumps(batch))
     context.progress.say(f"{stage} step {step}: loss or gradient not finite, step skipped, batch kept in {path}")
     if skipped >= MAX_SKIPPED:
         raise UserError(

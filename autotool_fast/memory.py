@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autotool_fast import distributed
 from autotool_fast.config import TrainConfig
 from autotool_fast.errors import UserError
 
@@ -89,8 +90,12 @@ def shape_of(source: str) -> Shape | None:
     )
 
 
-def estimate(shape: Shape, config: TrainConfig) -> dict[str, int]:
-    """Bytes by what holds them, at the peak of an RL step."""
+def estimate(shape: Shape, config: TrainConfig, ranks: int = 1) -> dict[str, int]:
+    """Bytes by what holds them, at the peak of an RL step, in each of `ranks` processes.
+
+    Of several processes each has the whole model and a share of its trained copy; the layers that it gathers from the
+    others for a moment are left out.
+    """
     low = config.model.dtype == "bfloat16"
     width = 2 if low else 4
     rank = config.lora.rank
@@ -104,9 +109,10 @@ def estimate(shape: Shape, config: TrainConfig) -> dict[str, int]:
     tokens = max(config.rl.micro_tokens, config.model.max_positions)
     return {
         "weights": (shape.parameters + (trained if rank else 0)) * width,
-        "float32 copies": trained * 4 if low else 0,
-        "gradients": trained * 4,
-        "Adam": trained * 8,
+        "float32 copies": trained * 4 if low and ranks == 1 else 0,
+        "shards": (trained * 4 + (shape.parameters * width if rank else 0)) // ranks if ranks > 1 else 0,
+        "gradients": trained * 4 // ranks,
+        "Adam": trained * 8 // ranks,
         "key-value cache": cached * rollout.slots * config.model.max_positions * width,
         "activations": tokens * saved + rollout.slots * shape.vocab * 4,
     }
@@ -124,10 +130,12 @@ def describe(config: TrainConfig) -> str:
     if shape.positions is not None and config.model.max_positions > shape.positions:
         problem = f"is beyond the {shape.positions} positions of the model"
         raise UserError(problem, where="model.max_positions", remedy="lower it")
-    parts = estimate(shape, config)
+    ranks = distributed.world()
+    parts = estimate(shape, config, ranks)
     total = sum(parts.values())
     detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-    line = f"about {_size(total)} for {shape.parameters / 1e9:.3g} B parameters ({detail})"
+    each = " in each process" if ranks > 1 else ""
+    line = f"about {_size(total)}{each} for {shape.parameters / 1e9:.3g} B parameters ({detail})"
     room = device_memory(config.device)
     if room is None or total <= room:
         return line

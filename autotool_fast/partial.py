@@ -2,7 +2,7 @@
 
 A file of JSON lines: what the parts belong to, then one line per part, flushed to the disk when it is made. Values pass
 through JSON whether they were made now or before, so a continued stage cannot differ from one that was not stopped.
-What a part is, and when the file has served, is the stage's business.
+What a part is, and when the file has served, is the stage's business. Under several processes rank 0 reads and writes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from autotool_fast import files
+from autotool_fast import distributed, files
 from autotool_fast.errors import UserError
 
 FORMAT = 1
@@ -32,7 +32,7 @@ class PartialResults:
     def __init__(self, path: Path, belongs_to: Mapping[str, Any]) -> None:
         self._path = path
         self._head = {"format": FORMAT, **json.loads(json.dumps(belongs_to))}
-        self._parts: dict[str, Any] = self._read() if path.exists() else {}
+        self._parts: dict[str, Any] = distributed.on_main(lambda: self._read() if path.exists() else {})
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -65,15 +65,19 @@ class PartialResults:
         """The value of a part: the kept one, or what `make` returns (a JSON value), which is kept from now on."""
         if name not in self._parts:
             text = json.dumps(make())
-            if not self._path.exists():
-                files.write_text(self._path, json.dumps(self._head) + "\n")
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f'{{"part": {json.dumps(name)}, "value": {text}}}\n')
-                file.flush()
-            files.sync(self._path)
+            if distributed.is_main():
+                self._append(f'{{"part": {json.dumps(name)}, "value": {text}}}\n')
             self._parts[name] = json.loads(text)
         return self._parts[name]
 
+    def _append(self, line: str) -> None:
+        if not self._path.exists():
+            files.write_text(self._path, json.dumps(self._head) + "\n")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+        files.sync(self._path)
+
     def remove(self) -> None:
         """Delete the file."""
-        self._path.unlink(missing_ok=True)
+        distributed.on_main(lambda: self._path.unlink(missing_ok=True))

@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from autotool_fast import adapters, memory
+from autotool_fast import adapters, distributed, memory
 from autotool_fast.chat import MODES, ChatFormat, chat_format
 from autotool_fast.checkpoint import no_progress_bars
 from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
 from autotool_fast.errors import UserError
-from autotool_fast.loop import Context, Optimizers, StageState, StepResult, run_steps, trapezoid
+from autotool_fast.loop import Context, StageState, StepResult, make_optimizers, run_steps, trapezoid
 from autotool_fast.policy import recompute_activations
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
 from autotool_fast.rl import rollout_limits
@@ -119,6 +119,9 @@ class Pipeline:
 
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Export a model as a Hugging Face folder, which is whole or absent; an adapter is merged into it first."""
+        distributed.on_main(lambda: self._save(model, name))
+
+    def _save(self, model: PreTrainedModel, name: str) -> None:
         if adapters.present(model):
             adapters.merge(model)
         folder = self.run.model(name)
@@ -164,21 +167,21 @@ class Pipeline:
     ) -> None:
         """Fine-tune `model` on `batch(step)`, with a trapezoidal learning rate, and save it."""
         steps = config.steps if steps is None else steps
-        optimizers = Optimizers(model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix)
+        optimizers = make_optimizers(model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix)
         timer = self.context.timer
 
         def step(index: int) -> StepResult:
             with timer.phase("data"):
                 demos = batch(index)
             with timer.phase("backward"):
-                loss = sft_backward(model, demos)
+                loss = sft_backward(optimizers.trained, demos)
             with timer.phase("optimizer"):
                 scale = trapezoid(index, steps, config.warmup_steps)
                 norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))
             metrics = {"loss/sft": loss, "grad_norm": norm}
             return StepResult(metrics, finite, None if finite else [demo.ids.tolist() for demo in demos])
 
-        model.train()
+        optimizers.trained.train()
         state = StageState(model, self.tokenizer, optimizers)
         run_steps(
             self.context,

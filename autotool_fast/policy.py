@@ -160,7 +160,7 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 
 def packed_logp_entropy(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PolicyModule,
     batch: PackedBatch,
     trained: torch.Tensor,  # [T] bool, on the CPU: tokens whose log-prob is wanted
     *,
@@ -172,6 +172,8 @@ def packed_logp_entropy(
     A token at the start of a sequence has no prefix and cannot be marked. Raises ValueError for a model whose
     attention does more than this forward computes.
     """
+    if isinstance(model, PolicyModule):
+        return model(batch, trained, temperature=temperature, backend=backend)
     assert not batch.ids.is_cpu or not bool(trained[batch.cu_seqlens[:-1].long()].any()), "a first token has no prefix"
     targets = trained.nonzero().squeeze(-1).to(batch.ids.device)
     hidden = packed_hidden(model, batch)[targets - 1]
@@ -187,6 +189,26 @@ def packed_logp_entropy(
         temperature=temperature,
         backend=backend,
     )
+
+
+class PolicyModule(torch.nn.Module):
+    """`packed_logp_entropy` of a model as a module's forward pass, for wrappers that act around a root module's."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.device
+
+    def forward(
+        self, batch: PackedBatch, trained: torch.Tensor, *, temperature: float = 1.0, backend: str = "auto"
+    ) -> LogpEntropy:
+        """See `packed_logp_entropy`."""
+        result = packed_logp_entropy(self.model, batch, trained, temperature=temperature, backend=backend)
+        return LogpEntropy(*(value.clone() for value in result))  # wrappers hang hooks on it, which a view may lose
 
 
 def logit_options(config: PretrainedConfig) -> tuple[float, float | None]:

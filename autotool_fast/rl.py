@@ -1,7 +1,8 @@
 """Stage 2, one GRPO step at a time: rollout, reward, advantage, packed loss, optimizer, entropy controller.
 
 `PolicyTrainer.step` is the whole of it, top to bottom. The trainer owns what changes from step to step (weights,
-optimizer, controller); prompts are handed in, and evaluation never passes through here.
+optimizer, controller); prompts are handed in, and evaluation never passes through here. In several processes each
+plays and trains on a share, and all know all trajectories, sums and coefficients.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from autotool_fast import distributed
 from autotool_fast.chat import SOURCE_SAMPLED, ChatFormat
 from autotool_fast.config import RLConfig, RolloutConfig, TrainConfig
-from autotool_fast.loop import Optimizers, StageState, StepResult, trapezoid
+from autotool_fast.loop import Optimizers, StageState, StepResult, make_optimizers, trapezoid
 from autotool_fast.metrics import Timer
 from autotool_fast.objective import (
     EntropyController,
@@ -34,11 +36,12 @@ from autotool_fast.objective import (
 )
 from autotool_fast.policy import pack, packed_logp_entropy
 from autotool_fast.rewards import RewardTable, reward
-from autotool_fast.rollout.driver import Engine, RolloutLimits, rollout
+from autotool_fast.rollout.driver import Engine, RolloutLimits
+from autotool_fast.rollout.ranks import rollout_over_ranks
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.world import BANDS, band
-from autotool_fast.warmup import by_tokens
+from autotool_fast.warmup import idle_backward, micro_batches
 
 
 def rollout_limits(config: RolloutConfig) -> RolloutLimits:
@@ -195,7 +198,7 @@ class PolicyTrainer:
         ).to_dict()
 
     def _sample(self, tasks: Sequence[Task], step: int) -> list[Trajectory]:
-        return rollout(
+        return rollout_over_ranks(
             self.engine,
             tasks,
             chat=self.chat,
@@ -225,13 +228,16 @@ class PolicyTrainer:
         lengths = torch.tensor([int((t.source == SOURCE_SAMPLED).sum()) for t in trajectories])
         parts, stats, mismatch, loss_sum = [], EntropyStats(), [], 0.0
         device = self.state.model.device
-        for chosen in by_tokens([len(t.ids) for t in trajectories], self.config.rl.micro_tokens):
+        for chosen in micro_batches([len(t.ids) for t in trajectories], self.config.rl.micro_tokens):
+            if not chosen:
+                idle_backward(self.state.trained)
+                continue
             part = [trajectories[i] for i in chosen]
             tokens = ResponseTokens.of(part, self.chat, device)
             with self.timer.phase("logprob"):
                 sampled = torch.from_numpy(np.concatenate([t.source == SOURCE_SAMPLED for t in part]))
                 logp, entropy = packed_logp_entropy(
-                    self.state.model,
+                    self.state.trained,
                     pack([t.ids for t in part], device),
                     sampled,
                     temperature=self.config.rl.temperature,
@@ -263,6 +269,7 @@ class PolicyTrainer:
             stats = stats + objective.stats
             loss_sum += float(objective.loss.detach())
             mismatch.append((logp.detach() - tokens.old_logp).abs())
+        parts, stats, loss_sum, gaps = _joined(parts, stats, loss_sum, mismatch)
         with self.timer.phase("optimizer"):
             measured = (loss_sum, *astuple(stats))
             rl, done = self.config.rl, step if updates is None else updates
@@ -270,7 +277,6 @@ class PolicyTrainer:
             norm, finite = self.state.optimizers.step(self.config.rl.grad_clip, scale, measured=measured)
         if finite:
             self.state.extra["controller"] = update(controller, stats).to_dict()
-        gaps = torch.cat(mismatch)
         metrics = {
             **merge_metrics(parts),
             **stats.metrics(),
@@ -282,10 +288,28 @@ class PolicyTrainer:
             "beta/short": now.beta_short,
             "target/long": controller.target_long,
             "target/short": controller.target_short,
-            "mismatch/max": float(gaps.max()),
-            "mismatch/mean": float(gaps.mean()),
+            **gaps,
         }
         return StepResult(metrics, finite, None if finite else [_as_json(t) for t in trajectories])
+
+
+def _joined(
+    parts: list[dict[str, float]], stats: EntropyStats, loss: float, mismatch: list[torch.Tensor]
+) -> tuple[list[dict[str, float]], EntropyStats, float, dict[str, float]]:
+    """What the micro-batches of all ranks measured, the same on every rank."""
+    gaps = torch.cat(mismatch) if mismatch else torch.zeros(0)
+    extent = (float(gaps.max()), float(gaps.mean()), len(gaps)) if mismatch else (0.0, 0.0, 0)
+    every_part, every_stats, losses, extents = zip(*distributed.gather((parts, stats, loss, extent)), strict=True)
+    total = sum(count for _, _, count in extents)
+    return (
+        [part for some in every_part for part in some],
+        sum(every_stats, EntropyStats()),
+        sum(losses),
+        {
+            "mismatch/max": max(largest for largest, _, _ in extents),
+            "mismatch/mean": sum(mean * (count / total) for _, mean, count in extents),
+        },
+    )
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float]) -> dict[str, float]:
@@ -330,4 +354,4 @@ def _as_json(trajectory: Trajectory) -> dict[str, Any]:
 
 def policy_optimizers(config: RLConfig, model: Any) -> Optimizers:
     """The RL stage's optimizer: AdamW on everything."""
-    return Optimizers(model, lr=config.lr, weight_decay=config.weight_decay)
+    return make_optimizers(model, lr=config.lr, weight_decay=config.weight_decay)

@@ -39,9 +39,12 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """An open run folder, made by `create` and locked until `close()` or the end of the `with` block."""
+    """An open run folder, made by `create` and locked until `close()` or the end of the `with` block.
 
-    def __init__(self, path: Path, lock: int) -> None:
+    One made without a lock is for the other processes of a job, which only read.
+    """
+
+    def __init__(self, path: Path, lock: int | None = None) -> None:
         self.path = path
         self._lock: int | None = lock
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
-from autotool_fast import files
+from autotool_fast import distributed, files
 from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, evaluate, regret
@@ -37,9 +38,10 @@ from autotool_fast.loop import (
     StageState,
     StepResult,
     StopFlag,
+    open_metrics,
     run_steps,
 )
-from autotool_fast.metrics import MetricsWriter, Progress
+from autotool_fast.metrics import Progress
 from autotool_fast.pipeline import Pipeline, load_model
 from autotool_fast.refine import refine
 from autotool_fast.rl import PolicyTrainer, policy_optimizers, reward_table
@@ -83,6 +85,10 @@ def _reused(source: Path, p: Pipeline) -> PreTrainedModel:
     if tokenizer.get_vocab() != p.tokenizer.get_vocab():
         raise UserError("has another vocabulary", where=where, remedy="train the base anew")
     return model
+
+
+def _write_json(path: Path, value: Any) -> None:
+    distributed.on_main(lambda: files.write_json(path, value))
 
 
 def _read_labels(p: Pipeline) -> list[dict[str, Any]]:
@@ -148,7 +154,7 @@ def refine_prompts(p: Pipeline) -> dict[str, Any]:
     config, rl = p.config.refine, p.config.rl
     pool = p.problems.training(config.prompts, "rl")
     if not config.enabled:
-        files.write_json(p.run.path / "refined.json", {"kept": list(range(len(pool))), "report": {}})
+        _write_json(p.run.path / "refined.json", {"kept": list(range(len(pool))), "report": {}})
         return {"kept": len(pool), "pool": len(pool)}
     model = _start_model(p)
     state = StageState(model, p.tokenizer, policy_optimizers(rl, model))
@@ -190,7 +196,7 @@ def refine_prompts(p: Pipeline) -> dict[str, Any]:
         keep=config.keep,
         rank=config.rank,
     )
-    files.write_json(p.run.path / "refined.json", {"kept": result.kept.tolist(), "report": result.report})
+    _write_json(p.run.path / "refined.json", {"kept": result.kept.tolist(), "report": result.report})
     return {"kept": len(result.kept), **result.report}
 
 
@@ -230,7 +236,7 @@ def rl(p: Pipeline) -> dict[str, Any]:
         if not config.eval_every or (done % config.eval_every and done != config.steps):
             return {}
         first = slice(0, 4 * config.group_size, config.group_size)
-        transcripts.replace("rl", done, trainer.last[first], trainer.last_rewards[first])
+        distributed.on_main(lambda: transcripts.replace("rl", done, trainer.last[first], trainer.last_rewards[first]))
         with p.context.timer.phase("eval"):
             result = evaluate(engine, p.chat, held_out, p.weights, limits=p.limits, modes=("auto",))["auto"]
         metrics = {f"eval/{name}": result["overall"][name] for name in ("accuracy", "think_rate", "tokens")}
@@ -281,7 +287,7 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
             p.context.stop.check()
             if name == names[-1] and mode == "auto":
                 shown = one_per_cell(trajectories)
-                transcripts.replace("eval", 0, shown, rewards_of(shown, table))
+                distributed.on_main(lambda: transcripts.replace("eval", 0, shown, rewards_of(shown, table)))
 
         models[name] = evaluate(
             p.engine(p.load(name)),
@@ -304,7 +310,7 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
         "easy_share": p.config.world.easy_share,
         "vocabulary": len(p.tokenizer),
     }
-    files.write_json(p.run.path / "results.json", results)
+    _write_json(p.run.path / "results.json", results)
     return {name: values["auto"]["overall"] for name, values in models.items()}
 
 
@@ -335,7 +341,7 @@ def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
     """
     with Progress() as progress:
         try:
-            metrics = MetricsWriter.open(run.metrics, lambda row: True)
+            metrics = open_metrics(run, lambda row: True)
             context = Context(config, run, metrics, progress, StopFlag())
             try:
                 with context.stop.installed(progress.say):
@@ -374,13 +380,14 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
                         context.progress.say(f"{stage}: finished before")
                         continue
                     context.stop.check()
-                    run.finish_stage(stage, STAGES[stage](pipeline))
+                    summary = STAGES[stage](pipeline)
+                    distributed.on_main(partial(run.finish_stage, stage, summary))
         except Interrupted:
             context.progress.finish()
             flag = "--resume in place of --overwrite" if config.overwrite else "--resume"
             context.progress.say(f"interrupted; saved in {run.path}, repeat the command with {flag} to continue")
-            write_report(run.path)
+            distributed.on_main(lambda: write_report(run.path))
             return 130
-        report = write_report(run.path)
+        report = distributed.on_main(lambda: write_report(run.path))
     print_summary(run.path, report)
     return 0

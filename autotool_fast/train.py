@@ -18,9 +18,12 @@ answer at once. What is wrong is one line; only a bug leaves a traceback.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from autotool_fast.config import parse_args
+from autotool_fast import distributed
+from autotool_fast.config import TrainConfig, parse_args
 from autotool_fast.errors import UserError
 from autotool_fast.plan import check, describe
 from autotool_fast.runs import RunFolder
@@ -29,24 +32,34 @@ from autotool_fast.runs import RunFolder
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer; returns the exit code: 0 done, 2 a user's error, 130 interrupted."""
     config = None
+    distributed.silence()
     try:
         config = parse_args(argv)
         check(config)
         if config.dry_run:
             print(describe(config))
             return 0
-        with RunFolder.create(config) as run:
+        with distributed.processes(config.device), _open(config) as run:
             from autotool_fast.stages import run_stages
 
-            return run_stages(config, run)
+            code = run_stages(config, run)
+        return distributed.leave(code)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return distributed.fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         flag = "--resume in place of --overwrite" if config and config.overwrite else "--resume"
         remedy = f"repeat the command with {flag} to continue from the newest checkpoint"
-        print(f"interrupted at once; {remedy}", file=sys.stderr)
-        return 130
+        return distributed.fail(f"interrupted at once; {remedy}", 130)
+    except Exception:
+        if distributed.world() == 1:
+            raise
+        return distributed.fail(traceback.format_exc(), 1)
+
+
+def _open(config: TrainConfig) -> RunFolder:
+    run = RunFolder.create(config) if distributed.is_main() else RunFolder(Path(config.out))
+    distributed.barrier()
+    return run
 
 
 if __name__ == "__main__":

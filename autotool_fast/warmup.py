@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from autotool_fast import distributed
 from autotool_fast.chat import SOURCE_SAMPLED, SYNTAXES, ChatFormat, parse_reply
-from autotool_fast.policy import pack, packed_logp_entropy
+from autotool_fast.policy import PolicyModule, pack, packed_logp_entropy
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
 
@@ -64,17 +65,24 @@ def imitate(trajectory: Trajectory, chat: ChatFormat) -> Demonstration:
 
 
 def sft_backward(
-    model: PreTrainedModel, batch: Sequence[Demonstration], *, micro_tokens: int = 8192, backend: str = "auto"
+    model: PreTrainedModel | PolicyModule,
+    batch: Sequence[Demonstration],
+    *,
+    micro_tokens: int = 8192,
+    backend: str = "auto",
 ) -> float:
     """Accumulate the gradient of the mean negative log-prob over all trained tokens of `batch`; returns it, in nats.
 
     Micro-batches of at most `micro_tokens` tokens (or one sequence) do not change the result: each is weighted by the
-    batch's token count.
+    batch's token count. In several processes each computes its share of `batch`, which is the same on all of them.
     """
     total = sum(int(demo.trained.sum()) for demo in batch)
     assert total, "a batch has at least one trained token"
     loss_sum = 0.0
-    for part in by_tokens([len(demo.ids) for demo in batch], micro_tokens):
+    for part in micro_batches([len(demo.ids) for demo in batch], micro_tokens):
+        if not part:
+            idle_backward(model)
+            continue
         demos = [batch[i] for i in part]
         trained = torch.from_numpy(np.concatenate([demo.trained for demo in demos]))
         packed = pack([demo.ids for demo in demos], model.device)
@@ -82,7 +90,27 @@ def sft_backward(
         loss = -logp.sum() / total
         loss.backward()
         loss_sum += loss.item()
-    return loss_sum
+    return sum(distributed.gather(loss_sum))
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """The `by_tokens` groups that this rank trains on; as many on every rank, empty where a rank has fewer.
+
+    An empty one is `idle_backward`'s.
+    """
+    ranks = []
+    for share in distributed.deal(lengths):
+        parts = by_tokens([lengths[i] for i in share], budget)
+        ranks.append([[share[i] for i in part] for part in parts])
+    mine = ranks[distributed.rank()]
+    return mine + [[]] * (max(map(len, ranks)) - len(mine))
+
+
+def idle_backward(policy: PolicyModule) -> None:
+    """Take part in the other ranks' forward and backward pass without adding to the gradient."""
+    two_tokens = pack([np.zeros(2, np.int64)], policy.device)
+    logp, entropy = policy(two_tokens, torch.tensor([False, True]))
+    (0.0 * (logp.sum() + entropy.sum())).backward()
 
 
 def by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:

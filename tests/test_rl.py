@@ -1,6 +1,6 @@
 """One GRPO step: what is sampled is what is trained, constant groups, targets, arms, scopes, micro-batches.
 
-The sampler's choices are scripted, its log-probs are the model's, so every kind of reply occurs on demand.
+Replies are scripted (see `scripted_rl`), so every kind of reply occurs on demand.
 """
 
 from __future__ import annotations
@@ -11,101 +11,41 @@ import json
 import random
 import sys
 import types
-from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from autotool_kernels.results import SampledTokens
+from scripted_rl import (
+    CHAIN,
+    GROUP,
+    HOP,
+    LONG,
+    MALFORMED,
+    MIXED,
+    SET,
+    SHORT,
+    TASKS,
+    WORLD,
+    WRONG_LONG,
+    WRONG_SHORT,
+    Setting,
+    written,
+)
 
 import autotool_fast.rl as rl_module
-import autotool_fast.rollout.engine as engine_module
-from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, ChatFormat
+from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL
 from autotool_fast.config import from_dict
 from autotool_fast.controller import ARMS, EntropyStats
 from autotool_fast.evaluate import cell_weights, evaluate
-from autotool_fast.loop import Optimizers, StageState
 from autotool_fast.metrics import Timer
 from autotool_fast.objective import SCOPES
 from autotool_fast.policy import pack, packed_logp_entropy
-from autotool_fast.rl import PolicyTrainer, ResponseTokens, reward_table, rollout_limits
+from autotool_fast.rl import ResponseTokens, reward_table, rollout_limits
 from autotool_fast.rollout.driver import rollout
-from autotool_fast.rollout.engine import SlotEngine
-from autotool_fast.rollout.rng import row_seeds
 from autotool_fast.tasks import tiny
-from autotool_fast.tasks.record import Task
-from autotool_fast.tasks.rendering import solution
-from autotool_fast.tasks.world import World
 
 torch.set_num_threads(1)
-WORLD = World(("set", "hop", "chain"), 4)
-GROUP = 4
-SET, OTHER_SET, HOP, CHAIN = (
-    WORLD.task(family, k, "train", seed)
-    for family, k, seed in (("set", 0, "0"), ("set", 0, "1"), ("hop", 4, "0"), ("chain", 2, "0"))
-)
-SHORT, LONG, WRONG_SHORT, WRONG_LONG, MALFORMED = "short", "long", "wrong short", "wrong long", "malformed"
-MIXED = [[SHORT, LONG, WRONG_SHORT, MALFORMED], [LONG, WRONG_LONG, LONG, SHORT], [LONG, SHORT, MALFORMED, LONG]]
-
-
-def written(task: Task, kind: str) -> list[str]:
-    """The turns of a reply of some kind, as text."""
-    if kind == MALFORMED:
-        return ["so: 3"]
-    if kind.startswith("wrong"):  # asks for another thing than the task does
-        task = OTHER_SET if task.family == "set" else WORLD.task(task.family, task.difficulty, "train", "other")
-        return solution(task, think="long" in kind)[-1:]
-    return solution(task, think="long" in kind)
-
-
-class Setting:
-    """A trainer on a small untrained model, with scripted replies."""
-
-    script: ClassVar[dict[int, list[int]]] = {}  # a row's seed -> tokens still to come
-
-    def __init__(self, monkeypatch, *, dtype: torch.dtype = torch.float32, seed: int = 0, rl=None, **values) -> None:
-        options = {"group_size": GROUP, "prompts_per_step": 3, "lr": 1e-2, **(rl or {})}
-        sizes = {"layers": 1, "hidden": 16, "heads": 2, "kv_heads": 2, "intermediate": 16}
-        self.config = from_dict({"rl": options, "model": sizes, "rollout": {"slots": 8}, **values})
-        tokenizer = tiny.build_tokenizer()
-        self.chat = ChatFormat(tokenizer)
-        self.model = tiny.build_model(self.config.model, tokenizer, seed).to(dtype)
-        optimizers = Optimizers(self.model, lr=options["lr"], weight_decay=0.0)
-        self.state = StageState(self.model, tokenizer, optimizers)
-        self.engine = SlotEngine(self.model, slots=8, max_len=256)
-        self.trainer = PolicyTrainer(self.config, self.state, self.engine, self.chat, Timer())
-        self.gradient: dict[str, torch.Tensor] = {}
-        monkeypatch.setattr(engine_module, "sample_logp_entropy", self._sample)
-        step = optimizers.step
-
-        def keep_gradient(*args, **kwargs):
-            self.gradient = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-            return step(*args, **kwargs)
-
-        optimizers.step = keep_gradient
-
-    def _sample(self, logits, *, temperature, seed, offset) -> SampledTokens:
-        token = torch.tensor([self.script[row].pop(0) for row in seed.tolist()])
-        logp = (logits.double() / (temperature or 1.0)).log_softmax(-1)
-        return SampledTokens(token, logp.gather(1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1))
-
-    def write(self, tasks: Sequence[Task], kinds: Sequence[Sequence[str]], step: int = 0, mode: str = "auto") -> None:
-        """Have the sampler give these replies at `step`."""
-        for group, (task, row) in enumerate(zip(tasks, kinds, strict=True)):
-            seeds = row_seeds(self.config.seed, step, group, np.arange(len(row))).tolist()
-            for seed, kind in zip(seeds, row, strict=True):
-                turns = [reply.removeprefix(f"[{mode}]\n") + self.chat.stop for reply in written(task, kind)]
-                self.script[seed] = [token for turn in turns for token in self.chat.encode_text(turn)]
-
-    def step(self, tasks: Sequence[Task], kinds: Sequence[Sequence[str]], step: int = 0):
-        self.write(tasks, kinds, step)
-        self.trainer.start_controller(tasks)
-        return self.trainer.step(tasks, step)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
 
 @pytest.fixture
@@ -116,9 +56,6 @@ def make(monkeypatch):
         return Setting(monkeypatch, **values)
 
     return build
-
-
-TASKS = [SET, HOP, CHAIN]
 
 
 def same(a: dict, b: dict) -> bool:

@@ -289,10 +289,10 @@ def rollout(
     group_size: int,
     seed: int,
     step: int,
-    first_group: int = 0,
     mode: str = "auto",
     temperature: float = 1.0,
     limits: RolloutLimits | None = None,
+    groups: Sequence[int] | None = None,
     malformed_ends: bool = True,
     close: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -305,10 +305,11 @@ def rollout(
         chat: turns messages into token ids and back.
         group_size: samples per task.
         seed, step: together with group and sample they fix every draw.
-        first_group: what the draws count groups from; the tasks of one rollout can be played in several.
         mode: "auto" lets the model write the mode tag; "think" and "no_think" put it before every turn.
         temperature: of the sampling distribution; 0 is greedy.
         limits: budgets of each episode.
+        groups: numbers that stand for the groups in their seeds, so that the tasks of one rollout can be played in
+            several; their places here if not given.
         malformed_ends: whether a malformed reply ends every episode; else one that has `malformed` says itself what
             follows such a reply (a list of messages, or None when it is over).
         close: whether an episode is closed once it is over; else that is left to whoever keeps it.
@@ -326,8 +327,8 @@ def rollout(
     with ExitStack() as stack:
         stack.enter_context(engine.session(stop_ids=chat.stop_ids, temperature=temperature))
         stack.callback(driver.close_all)
-        for group in range(len(tasks)):
-            driver.submit(group, group_size, row_seeds(seed, step, first_group + group, np.arange(group_size)))
+        for group, number in enumerate(range(len(tasks)) if groups is None else groups):
+            driver.submit(group, group_size, row_seeds(seed, step, number, np.arange(group_size)))
         reported = 0
         while engine.busy:
             for key, stopped in engine.step():
