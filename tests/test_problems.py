@@ -10,8 +10,8 @@ import pytest
 from chat_models import LLAMA31, QWEN25, make_tokenizer
 
 from autotool_fast.chat import ChatFormat, ToolCall, chat_format, render_reply
+from autotool_fast.label_stage import _writable
 from autotool_fast.problems import DataProblems
-from autotool_fast.stages import _writable
 from autotool_fast.teacher import Lesson
 
 TOOL = {"type": "function", "function": {"name": "dim", "parameters": {"type": "object", "properties": {"to": {}}}}}
