@@ -130,7 +130,7 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
 
         def taught(mine: Sequence[int]) -> list[Lesson]:
             share = [tasks[i] for i in mine]
-            return teacher.teach(share, lambda done: sampled(per_mode + done * len(tasks) // len(share)))
+            return teacher.teach(share, lambda done: sampled(per_mode + done * len(tasks) // max(len(share), 1)))
 
         lessons = _writable(distributed.spread(len(tasks), taught), p)
         long = [lesson.correct for lesson in lessons]
