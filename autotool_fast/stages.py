@@ -272,7 +272,7 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
     """Every model of the run in every mode on the held-out grid; writes results.json."""
     config, progress = p.config.eval, p.context.progress
     tasks = p.problems.held_out(config.per_cell, "eval")
-    names = p.models()
+    names = distributed.on_main(p.models)
     if not names:
         raise UserError(
             "there is no model to evaluate", where=str(p.run.path / "models"), remedy="run stage base first"
@@ -376,7 +376,7 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
         try:
             with closing(Pipeline(context)) as pipeline:
                 for stage in config.stages:
-                    if is_done(pipeline, stage):
+                    if distributed.on_main(partial(is_done, pipeline, stage)):
                         context.progress.say(f"{stage}: finished before")
                         continue
                     context.stop.check()

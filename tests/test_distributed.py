@@ -27,9 +27,9 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 STEPS = ("tied", "untied", "recomputed", "adapter", "scoped", "two_sequences", "relative")
-OTHERS = ("double", "low", "low_adapter", "constant", "poisoned", "sft", "sampled")
-RUNS = ("interrupted_sampling", "saved", "continued")
-ON_TWO = (*STEPS, *OTHERS, *RUNS)
+OTHERS = ("double", "low", "low_adapter", "constant", "poisoned", "sft", "sampled", "interrupted_sampling")
+STAGES = ("saved", "continued")
+ON_TWO = (*STEPS, *OTHERS, *STAGES)
 ON_FOUR = ("tied", "two_sequences", "poisoned", "sft", "continued")
 
 

@@ -131,3 +131,14 @@ def test_a_damaged_config_is_one_line(tmp_path):
 
 def memory_line(capsys) -> str:
     return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory"))
+
+
+def test_each_of_several_processes_holds_the_model_and_a_share_of_its_training(folder):
+    config = settings(folder)
+    shape = memory.shape_of(str(folder))
+    one, four = memory.estimate(shape, config), memory.estimate(shape, config, ranks=4)
+    for name in ("gradients", "Adam"):
+        assert four[name] == one[name] // 4
+    assert four["weights"] == one["weights"]
+    assert four["shards"] == shape.parameters  # float32, a quarter of them
+    assert one["shards"] == 0
