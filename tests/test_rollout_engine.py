@@ -242,6 +242,24 @@ def test_engine_sees_new_weights():
     np.testing.assert_allclose(logp[6:], full_forward(model, ids).logp[5:], atol=ATOL)
 
 
+class ScaledHead(torch.nn.Linear):
+    """A head that does more than its product, as one with an adapter."""
+
+    def forward(self, hidden):
+        return 2.0 * super().forward(hidden)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "scaled"])
+def test_a_large_heads_logits_are_the_heads_own(kind):
+    """64 x 32 x 16,384 is where a CPU takes another product; sums of 32 terms round to 1e-5."""
+    model = make_model()
+    model.lm_head = (ScaledHead if kind == "scaled" else torch.nn.Linear)(32, 16384, bias=kind == "bias")
+    hidden = torch.randn(64, 32)
+    with torch.inference_mode():
+        logits = SlotEngine(model, slots=1, max_len=8)._logits(hidden)
+        torch.testing.assert_close(logits, model.lm_head(hidden), rtol=1e-5, atol=2e-5)
+
+
 def test_non_finite_logits_stop_the_run_and_leave_no_trace():
     model = make_model()
     engine = SlotEngine(model, slots=2, max_len=64)
