@@ -9,7 +9,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from autotool_fast import distributed, memory
+from autotool_fast import memory
 from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.tasks.world import World
@@ -44,9 +44,6 @@ def check(config: TrainConfig) -> None:
         remedy = "raise it: every request of the user takes one reply and one for each round of calls"
         raise UserError("allows no dialogue with simulators", where="rollout.max_turns", remedy=remedy)
     _check_model(config.model.path)
-    if config.rollout.backend == "vllm" and distributed.world() > 1:
-        remedy = "start without torchrun, or use --rollout.backend engine"
-        raise UserError("a server serves one training process", where="rollout.backend", remedy=remedy)
     if config.lora.rank and importlib.util.find_spec("peft") is None:
         raise UserError("needs peft", where="lora.rank", remedy="install it with pip install peft")
     if config.device == "cuda" and not config.dry_run:

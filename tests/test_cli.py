@@ -13,7 +13,6 @@ import pytest
 from autotool_fast.cli import PRESETS, load_preset
 from autotool_fast.config import STAGES, parse_args
 from autotool_fast.errors import UserError
-from autotool_fast.plan import check
 from autotool_fast.train import main
 
 LIGHT = """
@@ -275,10 +274,3 @@ def test_a_model_or_data_that_cannot_be_loaded_leaves_the_old_run_alone(tmp_path
     assert message in error
     assert error.count("\n") == 1
     assert (out / "config.json").exists()
-
-
-def test_a_server_for_several_processes_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    config = parse_args(["--model", "m", "--rollout.backend", "vllm"])
-    with pytest.raises(UserError, match="a server serves one training process"):
-        check(config)
