@@ -14,6 +14,7 @@ from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.tasks.world import World
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 VOCAB_ESTIMATE = 128
 """Upper bound of the embedded tokenizer's vocabulary, used for the parameter estimate only."""
@@ -76,9 +77,11 @@ def _check_model(path: str) -> None:
         if folder.exists() or not _HUB_NAME.fullmatch(path):
             raise UserError("is no folder and no hub name", where=where, remedy="give a model folder, or OWNER/NAME")
         return
-    for name in ("config.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"holds no {name}", where=where, remedy="give the folder of a whole Hugging Face model")
+    remedy = "give the folder of a whole Hugging Face model"
+    if not (folder / "config.json").is_file():
+        raise UserError("holds no config.json", where=where, remedy=remedy)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError("holds no tokenizer", where=where, remedy=remedy)
 
 
 def _samples(config: TrainConfig, stage: Stage) -> bool:

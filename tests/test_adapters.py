@@ -82,12 +82,12 @@ def test_a_saved_adapter_is_restored_bit_for_bit(tmp_path):
     assert torch.equal(fresh(IDS).logits, model(IDS).logits)
 
 
-def test_a_missing_peft_and_a_model_from_scratch_are_refused_in_one_line(monkeypatch, capsys, tmp_path):
+def test_a_missing_peft_and_a_model_from_scratch_are_refused_in_one_line(monkeypatch, capsys):
     assert main(["--lora.rank", "4", "--dry-run"]) == 2
     assert "lora.rank: needs a pretrained model" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["--model", str(tmp_path), "--lora.rank", "4", "--dry-run"]) == 2
+    assert main(["--model", "nobody/model", "--lora.rank", "4", "--dry-run"]) == 2
     assert "lora.rank: needs peft; install it with pip install peft" in capsys.readouterr().err
 
 

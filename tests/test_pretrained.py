@@ -274,7 +274,7 @@ def test_a_model_without_a_template_or_a_tokenizer_is_one_line(place, tmp_path, 
     for path in model.glob("tokenizer*"):
         path.unlink()
     line = refusal(capsys, *argv, "--out", str(tmp_path / "b"), "--model.chat-format", "qwen2.5")
-    assert "there is no tokenizer" in line
+    assert "holds no tokenizer; give the folder of a whole Hugging Face model" in line
 
 
 def test_data_without_a_usable_prompt_says_why(place, tmp_path, capsys):
