@@ -187,7 +187,7 @@ def test_a_step_samples_equally_long_replies_and_an_update_samples_none(name, mo
     assert contestant.step(0) == BATCH.sampled == 24
     assert not torch.equal(weights, before)
     after = weights.detach().clone()
-    monkeypatch.setattr("autotool_fast.rl.rollout", None)
+    monkeypatch.setattr("autotool_fast.rl.rollout_over_ranks", None)
     monkeypatch.setattr(models[0], "generate", None)
     assert contestant.update(1) == 24
     assert not torch.equal(weights, after)

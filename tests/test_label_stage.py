@@ -47,13 +47,13 @@ def same(place: Path, out: str, reference: str) -> bool:
 def rollouts(monkeypatch) -> list[str]:
     """The modes of the rollouts that stage label begins."""
     modes = []
-    rollout = label_stage.rollout
+    rollout = label_stage.rollout_over_ranks
 
     def watch(*args, **options):
         modes.append(options["mode"])
         return rollout(*args, **options)
 
-    monkeypatch.setattr(label_stage, "rollout", watch)
+    monkeypatch.setattr(label_stage, "rollout_over_ranks", watch)
     return modes
 
 
