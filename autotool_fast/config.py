@@ -95,7 +95,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. With bfloat16 the optimizer keeps float32 copies and gradients are summed in float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory for one more forward pass."""
     layers: int = number(2, low=1)
     """Decoder layers, here and below of the embedded model."""
     hidden: int = number(64, low=8)
@@ -398,7 +398,7 @@ class TrainConfig(Section):
     """Train a model that learns when to think before it calls a tool."""
 
     preset: str = "mini"
-    """Named preset (mini, smoke, mini-full) or the path of a .toml file."""
+    """Named preset (mini, smoke, mini-full, qwen2.5-7b, ...) or the path of a .toml file."""
     arm: Arm = "decoupled"
     """Entropy arm of the RL stage; none is plain GRPO."""
     start: Start = "clean"
