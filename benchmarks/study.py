@@ -1,0 +1,276 @@
+"""Statistics, tables and figures of the study that `benchmarks.reproduce` runs.
+
+A figure is a mean over seeds with the half-width of its 95 % confidence interval (Student's t: seeds are few). Arms of
+one start share base models, prompts and draws by seed, so they are compared by their differences within a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from autotool_fast import files
+from autotool_fast.controller import ARMS
+
+Result = dict[str, Any]
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t, 97.5 % quantile, for 1 to 9 degrees of freedom."""
+STARTS = ("cold", "noisy", "clean")
+COLOURS = {
+    "none": "#b4532a",
+    "fixed": "#c9a227",
+    "adaptive": "#7a9e4f",
+    "decoupled-fixed": "#8a6fb0",
+    "decoupled": "#1f6f8b",
+}
+
+
+class Estimate(NamedTuple):
+    """Mean of n values, and the half-width of its 95 % confidence interval (NaN for one value)."""
+
+    mean: float
+    half: float
+    n: int
+
+    def text(self, digits: int = 2, scale: float = 1.0, sign: bool = False) -> str:
+        """`mean ± half`, times `scale`."""
+        if not self.n:
+            return "-"
+        mean = f"{scale * self.mean:+.{digits}f}" if sign else f"{scale * self.mean:.{digits}f}"
+        return mean if math.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and confidence interval of independent values; unknown ones (NaN) are left out."""
+    values = [value for value in values if not math.isnan(value)]
+    n = len(values)
+    if n < 2:
+        return Estimate(float(values[0]) if n else math.nan, math.nan, n)
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96
+    return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), n)
+
+
+def value(result: Result, name: str) -> float:
+    """A figure of a unit by name, those of its evaluation with the prefix `eval.`; NaN if it is not known."""
+    section, _, rest = name.rpartition(".")
+    found = result[section].get(rest) if section else result[name]
+    return math.nan if found is None else float(found)
+
+
+def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Units of each variant, by rising seed."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in sorted(results, key=lambda r: r["seed"]):
+        groups[result["variant"]].append(result)
+    return dict(groups)
+
+
+def difference(ours: Sequence[Result], others: Sequence[Result], name: str) -> Estimate:
+    """Mean difference of a figure within the seeds that both have."""
+    theirs = {r["seed"]: value(r, name) for r in others}
+    return estimate([value(r, name) - theirs[r["seed"]] for r in ours if r["seed"] in theirs])
+
+
+def recovered(members: Sequence[Result]) -> str:
+    """How many seeds end with their thinking on hard tasks up, and the median step from which it stays up."""
+    steps = [r["recovery_step"] for r in members if r["recovery_step"] is not None]
+    count = f"{len(steps)}/{len(members)}"
+    return count if not steps else f"{count}, {np.median(steps):.0f}"
+
+
+COLUMNS: tuple[tuple[str, Callable[[Sequence[Result]], str]], ...] = (
+    ("seeds", lambda m: str(len(m))),
+    ("lowest thinking on hard", lambda m: estimate([value(r, "lowest_think_hard") for r in m]).text()),
+    ("recovered, at step", recovered),
+    ("thinks hard", lambda m: estimate([value(r, "eval.think_hard") for r in m]).text()),
+    ("thinks easy", lambda m: estimate([value(r, "eval.think_easy") for r in m]).text()),
+    ("accuracy hard, %", lambda m: estimate([value(r, "eval.acc_hard") for r in m]).text(1, 100)),
+    ("area under hard accuracy", lambda m: estimate([value(r, "acc_hard_area") for r in m]).text(3)),
+    ("accuracy, %", lambda m: estimate([value(r, "eval.accuracy") for r in m]).text(1, 100)),
+    ("tokens", lambda m: estimate([value(r, "eval.tokens") for r in m]).text(1)),
+    ("ACU", lambda m: estimate([value(r, "eval.acu") for r in m]).text(1)),
+    ("routing regret", lambda m: estimate([value(r, "eval.regret") for r in m]).text(3)),
+)
+
+
+def table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
+    """One Markdown row per variant."""
+    lines = [
+        "| | " + " | ".join(heading for heading, _ in COLUMNS) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
+    lines += [f"| {name} | " + " | ".join(write(members) for _, write in COLUMNS) + " |" for name, members in rows]
+    return "\n".join(lines)
+
+
+DIFFERENCES = (
+    ("eval.acc_hard", "accuracy hard, points", 1, 100.0),
+    ("acc_hard_area", "area under hard accuracy", 3, 1.0),
+    ("eval.think_hard", "thinks hard", 2, 1.0),
+    ("eval.tokens", "tokens", 1, 1.0),
+    ("eval.acu", "ACU", 1, 1.0),
+    ("eval.regret", "routing regret", 3, 1.0),
+)
+
+
+def differences(rows: Sequence[tuple[str, Sequence[Result], Sequence[Result]]]) -> str:
+    """One Markdown row per pair: what the first has more than the second, within seeds."""
+    lines = [
+        "| | seeds | " + " | ".join(heading for _, heading, _, _ in DIFFERENCES) + " |",
+        "|---|" + "---:|" * (len(DIFFERENCES) + 1),
+    ]
+    for name, ours, others in rows:
+        seeds = len({r["seed"] for r in ours} & {r["seed"] for r in others})
+        cells = [difference(ours, others, key).text(digits, scale, sign=True) for key, _, digits, scale in DIFFERENCES]
+        lines.append(f"| {name} | {seeds} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def document(results: Sequence[Result]) -> str:
+    """The study's tables as Markdown."""
+    groups = by_variant(results)
+    dates = sorted({r["provenance"]["date"] for r in results})
+    devices = sorted({r["provenance"]["device"] for r in results})
+    steps = {start: sorted({r["steps"] for r in results if r["start"] == start}) for start in STARTS}
+    lines = [
+        "# The study, in tables",
+        "",
+        "Written by `python -m benchmarks.reproduce` from `benchmarks/results/reproduce.json`; what it means is in",
+        "[results](results.md). A figure is the mean over seeds ± the half-width of its 95 % confidence interval",
+        "(Student's t). RL steps: "
+        + ", ".join(f"{start} {'/'.join(map(str, count))}" for start, count in steps.items() if count)
+        + f". Made {dates[0]} to {dates[-1]} on {'; '.join(devices)}.",
+        "",
+        "Thinking rates, accuracy, tokens (mean response), ACU and routing regret are those of the final evaluation on",
+        "held-out tasks, greedy, the mode chosen by the model. The lowest thinking rate, recovery (the step from which",
+        "thinking on hard tasks stays at 70 % or above, 0 if it never fell below) and the area (mean over all steps)",
+        "are of the training rollouts in 15-step means. Hard: four or more serial steps.",
+    ]
+    for start in STARTS:
+        rows = [(arm, groups[f"{start}/{arm}"]) for arm in ARMS if f"{start}/{arm}" in groups]
+        if not rows:
+            continue
+        lines += ["", f"## From a {start} start", "", table(rows)]
+        ours = groups.get(f"{start}/decoupled", [])
+        pairs = [(f"decoupled - {arm}", ours, members) for arm, members in rows if arm != "decoupled"]
+        refined = groups.get(f"{start}/decoupled refine.enabled=true")
+        if refined:
+            pairs.append(("with refinement - without", refined, ours))
+        if ours and pairs:
+            lines += ["", "Differences within seeds:", "", differences(pairs)]
+    changed = [(name, members) for name, members in groups.items() if members[0]["changes"]]
+    if changed:
+        used = {name.partition(" ")[0] for name, _ in changed}
+        plain = [(name, groups[name]) for name in groups if name in used]
+        lines += ["", "## Variants", "", table(sorted([*plain, *changed]))]
+    return "\n".join(lines) + "\n"
+
+
+def _mean_curve(members: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(steps, mean, lowest, highest) over seeds."""
+    curves = [np.array(r["curves"][name], float) for r in members]
+    length = min(map(len, curves))
+    stacked = np.stack([curve[:length] for curve in curves])
+    every = members[0]["steps"] / max(len(curves[0]), 1)
+    steps = np.arange(1, length + 1) * every
+    return steps, stacked.mean(0), stacked.min(0), stacked.max(0)
+
+
+def plot_courses(results: Sequence[Result], path: Path) -> None:
+    """Thinking and accuracy on hard tasks over RL, by start and arm: mean over seeds, with their range."""
+    plt = _pyplot()
+    groups = by_variant(results)
+    starts = [s for s in STARTS if any(f"{s}/{arm}" in groups for arm in ARMS)]
+    figure, axes = plt.subplots(
+        2, len(starts), figsize=(3.4 * len(starts) + 0.6, 5), squeeze=False, sharey="row", constrained_layout=True
+    )
+    for column, start in enumerate(starts):
+        for row, (name, label) in enumerate((("think_hard", "thinking rate, hard"), ("acc_hard", "accuracy, hard"))):
+            axis = axes[row, column]
+            for arm in ARMS:
+                if members := groups.get(f"{start}/{arm}"):
+                    steps, mean, low, high = _mean_curve(members, name)
+                    axis.plot(steps, mean, color=COLOURS[arm], linewidth=1.6, label=arm)
+                    axis.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.12, linewidth=0)
+            axis.set(ylim=(-0.02, 1.02), xlabel="RL step" if row else "", ylabel="" if column else label)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0, column].set_title(f"{start} start")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_frontier(results: Sequence[Result], path: Path) -> None:
+    """Accuracy against tokens of every start and arm, with confidence intervals and lines of equal ACU."""
+    plt = _pyplot()
+    groups = by_variant(results)
+    figure, axis = plt.subplots(figsize=(6.6, 4.2), constrained_layout=True)
+    marks = dict(zip(STARTS, "os^", strict=True))
+    points = []
+    for start in STARTS:
+        for arm in ARMS:
+            if members := groups.get(f"{start}/{arm}"):
+                tokens = estimate([value(r, "eval.tokens") for r in members])
+                accuracy = estimate([value(r, "eval.accuracy") for r in members])
+                points.append((tokens.mean, accuracy.mean, estimate([value(r, "eval.acu") for r in members]).mean))
+                axis.errorbar(
+                    tokens.mean,
+                    100 * accuracy.mean,
+                    xerr=None if math.isnan(tokens.half) else tokens.half,
+                    yerr=None if math.isnan(accuracy.half) else 100 * accuracy.half,
+                    fmt=marks[start],
+                    color=COLOURS[arm],
+                    markersize=6,
+                    elinewidth=0.8,
+                    capsize=0,
+                )
+    low, high = axis.get_ylim()
+    left, right = axis.get_xlim()
+    # ACU = 100 accuracy / (M tokens), so equal ACU is a ray from the origin; M is the same for all.
+    per_token = np.median([acu * tokens / (100 * accuracy) for tokens, accuracy, acu in points if accuracy])
+    for acu in np.linspace(min(p[2] for p in points), max(p[2] for p in points), 4):
+        x = np.array([left, right])
+        axis.plot(x, acu * x / per_token, color="0.85", linewidth=0.8, zorder=0)
+        edge = min(right, high * per_token / acu) if acu else right
+        if left < edge:
+            axis.annotate(
+                f"ACU {acu:.0f}", (edge, min(acu * edge / per_token, high)), fontsize=7, color="0.6", ha="right"
+            )
+    axis.set(xlim=(left, right), ylim=(low, high), xlabel="mean response tokens", ylabel="accuracy, %")
+    arms = [plt.Line2D([], [], color=COLOURS[arm], marker="o", linestyle="", label=arm) for arm in ARMS]
+    starts = [plt.Line2D([], [], color="0.4", marker=marks[s], linestyle="", label=f"{s} start") for s in STARTS]
+    axis.legend(handles=[*arms, *starts], frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def write(results: Sequence[Result], docs: Path) -> None:
+    """Write `<docs>/study.md` and, where matplotlib is installed, its figures in `<docs>/images`."""
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    files.write_text(docs / "study.md", document(results))
+    main = [r for r in results if not r["changes"]]
+    if not main:
+        return
+    try:
+        _pyplot()
+    except ImportError:
+        print("matplotlib is not installed: no figures (pip install 'autotool_fast[bench]')")
+        return
+    plot_courses(main, docs / "images" / "study_courses.png")
+    plot_frontier(main, docs / "images" / "study_frontier.png")
