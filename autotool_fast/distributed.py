@@ -157,8 +157,12 @@ def spread(count: int, work: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
 
 
 def deal(lengths: Sequence[int]) -> list[list[int]]:
-    """Which of the sequences with these lengths each rank trains on: dealt longest first, so that loads are alike."""
+    """Which of the pieces of work with these lengths each rank does: dealt longest first, to and fro."""
     if world() == 1:
         return [list(range(len(lengths)))]
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [longest_first[to :: world()] for to in range(world())]
+    shares: list[list[int]] = [[] for _ in range(world())]
+    for turn, i in enumerate(longest_first):
+        lap, seat = divmod(turn, world())
+        shares[seat if lap % 2 == 0 else -1 - seat].append(i)
+    return shares
