@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from autotool_fast.config import FLASH_MODULES
 from autotool_fast.errors import UserError
 from autotool_fast.packing import PackedBatch, Varlen
 
@@ -25,7 +26,7 @@ PACKED_ATTENTION = "autotool_packed"
 LARGEST_HEAD = 256
 """Head size up to which the variable-length kernels go; it is a multiple of 8 for them."""
 TIPS = {
-    "flash": 'pip install "autotool_fast[flash]" (it is compiled for the torch that is there), or use auto',
+    "flash": 'pip install "autotool_fast[flash]" (compiled for this torch), or use auto',
     "varlen": "install torch for CUDA, 2.11 or newer, or use auto",
 }
 
@@ -94,7 +95,7 @@ def _find(name: str, device: torch.device) -> Kernel | None:
         function = _load("torch.nn.attention.varlen", "varlen_attn")
         return _varlen(function) if function else None
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    for module in ("flash_attn_interface", "flash_attn") if hopper else ("flash_attn",):
+    for module in FLASH_MODULES if hopper else FLASH_MODULES[1:]:
         if function := _load(module, "flash_attn_varlen_func"):
             return _flash(function)
     return None

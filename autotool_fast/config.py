@@ -26,6 +26,8 @@ Family = Literal["set", "parallel", "irrelevant", "missing", "hop", "reg", "cups
 LabelRule = Literal["any", "threshold"]
 Dialogues = Literal["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
 MULTI_TURN: tuple[Dialogues, ...] = get_args(Dialogues)
+FLASH_MODULES = ("flash_attn_interface", "flash_attn")
+"""What flash-attn is imported by: its third version, and the second."""
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def micro_batches(
         return shared + sum(lengths[i] - shared for i in members)
 
     fair = -(-sum(map(cost, families.values())) // distributed.world())
-    units = [part for members in families.values() for part in _cut(members, lengths, cost, min(budget, fair))]
+    units = [part for members in families.values() for part in _cut(members, lengths, cost, budget, fair)]
     costs = [cost(unit) for unit in units]
     ranks = []
     for share in distributed.deal(costs):
@@ -263,16 +263,15 @@ def micro_batches(
 
 
 def _cut(
-    members: list[int], lengths: Sequence[int], cost: Callable[[Sequence[int]], int], limit: int
+    members: list[int], lengths: Sequence[int], cost: Callable[[Sequence[int]], int], budget: int, fair: int
 ) -> list[list[int]]:
-    """The members, longest first, in parts that cost `limit` at most or are a single one."""
-    parts: list[list[int]] = []
-    for i in sorted(members, key=lambda i: (-lengths[i], i)):
-        if parts and cost([*parts[-1], i]) <= limit:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
+    """The members in as few even parts as keep to the budget and come to about a fair share, or one by one."""
+    for count in range(-(-cost(members) // fair), len(members)):
+        shares = distributed.to_and_fro([lengths[i] for i in members], count)
+        parts = [[members[i] for i in share] for share in shares]
+        if max(map(cost, parts)) <= budget:
+            return parts
+    return [[i] for i in members]
 
 
 def by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ attention segment by segment, show on any machine that the plans handed to them 
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import sys
 import types
@@ -21,6 +22,7 @@ from autotool_fast.config import from_dict
 from autotool_fast.errors import UserError
 from autotool_fast.packing import pack
 from autotool_fast.policy import packed_hidden, packed_logp_entropy
+from autotool_fast.train import main
 
 torch.set_num_threads(1)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -234,6 +236,16 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_loaded():
                 from_dict({"model": {"attention": setting}, **values})
         config = from_dict({"model": {"attention": setting, "dtype": "bfloat16"}, "device": "cuda"})
         assert config.model.attention == setting
+
+
+def test_flash_attn_is_missed_before_anything_is_loaded(capsys, monkeypatch):
+    options = ["--model.attention", "flash", "--device", "cuda", "--model.dtype", "bfloat16", "--dry-run"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(options) == 2
+    message = 'error: model.attention: flash needs flash-attn; install it with pip install "autotool_fast[flash]"'
+    assert capsys.readouterr().err.startswith(message)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn")
+    assert main(options) == 0
 
 
 def test_the_setting_reaches_the_choice(monkeypatch):

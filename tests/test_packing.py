@@ -177,8 +177,18 @@ def test_a_group_stays_together_and_its_prompt_counts_once():
     lengths, prompts, groups = [12] * 6, [10] * 6, [0, 1, 0, 1, 0, 1]
     for budget, wanted in ((16, [[0, 2, 4], [1, 3, 5]]), (31, [[0, 2, 4], [1, 3, 5]]), (32, [[0, 2, 4, 1, 3, 5]])):
         assert micro_batches(lengths, budget, prompts=prompts, groups=groups) == wanted
-    assert micro_batches(lengths, 15, prompts=prompts, groups=groups) == [[0, 2], [1, 3], [4], [5]]
+    assert micro_batches(lengths, 15, prompts=prompts, groups=groups) == [[2, 4], [3, 5], [0], [1]]
     assert micro_batches(lengths, 36) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_group_beyond_a_ranks_fair_share_is_cut(monkeypatch):
+    """10 + 8 * 5 = 50 rows for two ranks: twice 10 + 4 * 5 in place of 50 and nothing."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found.append(micro_batches([15] * 8, 1000, prompts=[10] * 8, groups=[0] * 8))
+    assert [[len(part) for part in parts] for parts in found] == [[4], [4]]
 
 
 def test_work_is_dealt_evenly_to_the_ranks(monkeypatch):
