@@ -26,6 +26,8 @@ Family = Literal["set", "parallel", "irrelevant", "missing", "hop", "reg", "cups
 LabelRule = Literal["any", "threshold"]
 Dialogues = Literal["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
 MULTI_TURN: tuple[Dialogues, ...] = get_args(Dialogues)
+FLASH_MODULES = ("flash_attn_interface", "flash_attn")
+"""What flash-attn is imported by: its third version, and the second."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class ModelConfig(Section):
     """Chat format of a pretrained model; auto: recognised by its template and special tokens."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. With bfloat16 the optimizer keeps float32 copies and gradients are summed in float32."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Attention of the training forward. flash: flash-attn; varlen: torch's variable-length attention, both for 16-bit
+    weights on a GPU; sdpa: torch's padded one, anywhere; auto: the first of them that is there and fits."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for one more forward pass."""
     layers: int = number(2, low=1)
@@ -326,7 +331,14 @@ class RLConfig(Section):
     beta_max: float = number(0.5, above=0.0)
     """Upper clamp of an adapted coefficient; the lower one is 0."""
     micro_tokens: int = number(8192, low=1)
-    """Most tokens in one forward pass of the update; the loss does not depend on it."""
+    """Most tokens in one forward pass of the update, a shared prompt counted once; the loss does not depend on it."""
+    share_prompts: bool = True
+    """Compute the prompt of a group once for all of its responses that share a forward pass."""
+    old_logp: Literal["auto", "sampler", "trainer"] = "auto"
+    """Log-probs that the probability ratio is taken to. sampler: those recorded in the rollout; trainer: its own before
+    the update; auto: the sampler's while they agree within rl.mismatch_limit. A rollout server's are always used."""
+    mismatch_limit: float = number(0.02, low=0.0)
+    """Largest mean distance between sampler's and trainer's log-probs, nats, at which auto uses the sampler's."""
     eval_every: int = number(20, low=0)
     """Steps between evaluations on a small test sample; 0: never."""
     checkpoint_every: int = number(40, low=0)
@@ -448,6 +460,9 @@ class TrainConfig(Section):
         self.require(able, "rollout.backend", "vllm needs a pretrained model", "add --model")
         able = self.device == "cuda" or self.rollout.backend == "engine" or self.rollout.sync != "nccl"
         self.require(able, "rollout.sync", "nccl needs a GPU here too", "add --device cuda, or use folder")
+        able = self.model.attention in ("auto", "sdpa") or (self.device == "cuda" and self.model.dtype == "bfloat16")
+        remedy = "add --device cuda --model.dtype bfloat16, or use auto"
+        self.require(able, "model.attention", f"{self.model.attention} needs a GPU and 16-bit weights", remedy)
         self._check_environment()
         budget = self.rollout.max_new_tokens
         fits = budget < self.model.max_positions

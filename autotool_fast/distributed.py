@@ -157,8 +157,14 @@ def spread(count: int, work: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
 
 
 def deal(lengths: Sequence[int]) -> list[list[int]]:
-    """Which of the sequences with these lengths each rank trains on: dealt longest first, so that loads are alike."""
-    if world() == 1:
-        return [list(range(len(lengths)))]
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [longest_first[to :: world()] for to in range(world())]
+    """Which of the pieces of work with these lengths each rank does; those of a single process in their order."""
+    return [list(range(len(lengths)))] if world() == 1 else to_and_fro(lengths, world())
+
+
+def to_and_fro(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Indices in `count` shares of about the same length: dealt longest first, every second round backwards."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for turn, i in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
+        lap, seat = divmod(turn, count)
+        shares[seat if lap % 2 == 0 else -1 - seat].append(i)
+    return shares

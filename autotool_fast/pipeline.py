@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from autotool_fast import adapters, distributed, memory
+from autotool_fast.attention import select
 from autotool_fast.chat import MODES, ChatFormat, chat_format
 from autotool_fast.checkpoint import no_progress_bars
 from autotool_fast.config import SftConfig, Stage, TrainConfig
@@ -52,6 +53,9 @@ class Pipeline:
             self.chat = ChatFormat(self.tokenizer)
         self.limits = rollout_limits(self.config.rollout)
         self.device = torch.device(self.config.device)
+        attention = select(model.attention, self.device, getattr(torch, model.dtype))
+        if self.device.type == "cuda":
+            context.progress.say(f"attention: {attention}")
         self.problems = self._problems()
         self.weights = self.problems.weights
         for notice in self.problems.notices:
@@ -174,7 +178,7 @@ class Pipeline:
             with timer.phase("data"):
                 demos = batch(index)
             with timer.phase("backward"):
-                loss = sft_backward(optimizers.trained, demos)
+                loss = sft_backward(optimizers.trained, demos, attention=self.config.model.attention)
             with timer.phase("optimizer"):
                 scale = trapezoid(index, steps, config.warmup_steps)
                 norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from autotool_fast import memory
-from autotool_fast.config import Stage, TrainConfig
+from autotool_fast.config import FLASH_MODULES, Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.tasks.world import World
 
@@ -47,6 +47,9 @@ def check(config: TrainConfig) -> None:
     _check_model(config.model.path)
     if config.lora.rank and importlib.util.find_spec("peft") is None:
         raise UserError("needs peft", where="lora.rank", remedy="install it with pip install peft")
+    if config.model.attention == "flash" and not any(map(importlib.util.find_spec, FLASH_MODULES)):
+        remedy = 'install it with pip install "autotool_fast[flash]", or use auto'
+        raise UserError("flash needs flash-attn", where="model.attention", remedy=remedy)
     if config.device == "cuda" and not config.dry_run:
         import torch  # only a run that asks for a GPU pays for it here
 

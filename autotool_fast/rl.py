@@ -34,14 +34,15 @@ from autotool_fast.objective import (
     scoped_entropy,
     update,
 )
-from autotool_fast.policy import pack, packed_logp_entropy
+from autotool_fast.packing import micro_batches, pack
+from autotool_fast.policy import packed_logp_entropy
 from autotool_fast.rewards import RewardTable, reward
 from autotool_fast.rollout.driver import Engine, RolloutLimits
 from autotool_fast.rollout.ranks import rollout_over_ranks
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.world import BANDS, band
-from autotool_fast.warmup import idle_backward, micro_batches
+from autotool_fast.warmup import idle_backward
 
 
 def rollout_limits(config: RolloutConfig) -> RolloutLimits:
@@ -228,9 +229,15 @@ class PolicyTrainer:
         lengths = torch.tensor([int((t.source == SOURCE_SAMPLED).sum()) for t in trajectories])
         parts, stats, mismatch, loss_sum = [], EntropyStats(), [], 0.0
         device = self.state.model.device
-        for chosen in micro_batches([len(t.ids) for t in trajectories], self.config.rl.micro_tokens):
+        prompts = [t.n_prompt for t in trajectories] if self.config.rl.share_prompts else None
+        for chosen in micro_batches(
+            [len(t.ids) for t in trajectories],
+            self.config.rl.micro_tokens,
+            prompts=prompts,
+            groups=[t.group for t in trajectories],
+        ):
             if not chosen:
-                idle_backward(self.state.trained)
+                idle_backward(self.state.trained, self.config.model.attention)
                 continue
             part = [trajectories[i] for i in chosen]
             tokens = ResponseTokens.of(part, self.chat, device)
@@ -238,11 +245,18 @@ class PolicyTrainer:
                 sampled = torch.from_numpy(np.concatenate([t.source == SOURCE_SAMPLED for t in part]))
                 logp, entropy = packed_logp_entropy(
                     self.state.trained,
-                    pack([t.ids for t in part], device),
+                    pack(
+                        [t.ids for t in part],
+                        device,
+                        prompts=prompts and [prompts[i] for i in chosen],
+                        attention=self.config.model.attention,
+                    ),
                     sampled,
                     temperature=self.config.rl.temperature,
                 )
-            old_logp, extra = tokens.old_logp, {}
+            gap, extra = (logp.detach() - tokens.old_logp).abs(), {}
+            reused = self._reuses(gap)
+            old_logp = tokens.old_logp if reused else logp.detach()
             if self.cap is not None:
                 extra = mismatch_metrics(logp, old_logp, self.cap)
                 old_logp = capped_old_logp(logp, old_logp, self.cap)
@@ -268,7 +282,7 @@ class PolicyTrainer:
             parts.append(objective.metrics | extra)
             stats = stats + objective.stats
             loss_sum += float(objective.loss.detach())
-            mismatch.append((logp.detach() - tokens.old_logp).abs())
+            mismatch.append((gap, reused))
         parts, stats, loss_sum, gaps = _joined(parts, stats, loss_sum, mismatch)
         with self.timer.phase("optimizer"):
             measured = (loss_sum, *astuple(stats))
@@ -292,22 +306,31 @@ class PolicyTrainer:
         }
         return StepResult(metrics, finite, None if finite else [_as_json(t) for t in trajectories])
 
+    def _reuses(self, gap: torch.Tensor) -> bool:
+        """Whether a micro-batch uses the sampler's log-probs, which are `gap` from the trainer's."""
+        rl = self.config.rl
+        if self.cap is not None or rl.old_logp != "auto":
+            return self.cap is not None or rl.old_logp == "sampler"
+        return float(gap.mean()) <= rl.mismatch_limit
+
 
 def _joined(
-    parts: list[dict[str, float]], stats: EntropyStats, loss: float, mismatch: list[torch.Tensor]
+    parts: list[dict[str, float]], stats: EntropyStats, loss: float, mismatch: list[tuple[torch.Tensor, bool]]
 ) -> tuple[list[dict[str, float]], EntropyStats, float, dict[str, float]]:
     """What the micro-batches of all ranks measured, the same on every rank."""
-    gaps = torch.cat(mismatch) if mismatch else torch.zeros(0)
-    extent = (float(gaps.max()), float(gaps.mean()), len(gaps)) if mismatch else (0.0, 0.0, 0)
+    gaps = torch.cat([gap for gap, _ in mismatch]) if mismatch else torch.zeros(0)
+    reused = sum(len(gap) for gap, kept in mismatch if kept)
+    extent = (float(gaps.max()), float(gaps.mean()), reused, len(gaps)) if mismatch else (0.0, 0.0, 0, 0)
     every_part, every_stats, losses, extents = zip(*distributed.gather((parts, stats, loss, extent)), strict=True)
-    total = sum(count for _, _, count in extents)
+    total = sum(count for *_, count in extents)
     return (
         [part for some in every_part for part in some],
         sum(every_stats, EntropyStats()),
         sum(losses),
         {
-            "mismatch/max": max(largest for largest, _, _ in extents),
-            "mismatch/mean": sum(mean * (count / total) for _, mean, count in extents),
+            "mismatch/max": max(largest for largest, *_ in extents),
+            "mismatch/mean": sum(mean * (count / total) for _, mean, _, count in extents),
+            "mismatch/reused": sum(kept for _, _, kept, _ in extents) / total,
         },
     )
 

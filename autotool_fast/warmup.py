@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from autotool_fast import distributed
 from autotool_fast.chat import SOURCE_SAMPLED, SYNTAXES, ChatFormat, parse_reply
-from autotool_fast.policy import PolicyModule, pack, packed_logp_entropy
+from autotool_fast.packing import micro_batches, pack
+from autotool_fast.policy import PolicyModule, packed_logp_entropy
 from autotool_fast.rollout.records import Trajectory
 from autotool_fast.tasks.record import Task
 
@@ -69,6 +70,7 @@ def sft_backward(
     batch: Sequence[Demonstration],
     *,
     micro_tokens: int = 8192,
+    attention: str = "auto",
     backend: str = "auto",
 ) -> float:
     """Accumulate the gradient of the mean negative log-prob over all trained tokens of `batch`; returns it, in nats.
@@ -81,11 +83,11 @@ def sft_backward(
     loss_sum = 0.0
     for part in micro_batches([len(demo.ids) for demo in batch], micro_tokens):
         if not part:
-            idle_backward(model)
+            idle_backward(model, attention)
             continue
         demos = [batch[i] for i in part]
         trained = torch.from_numpy(np.concatenate([demo.trained for demo in demos]))
-        packed = pack([demo.ids for demo in demos], model.device)
+        packed = pack([demo.ids for demo in demos], model.device, attention=attention)
         logp = packed_logp_entropy(model, packed, trained, backend=backend).logp
         loss = -logp.sum() / total
         loss.backward()
@@ -93,34 +95,8 @@ def sft_backward(
     return sum(distributed.gather(loss_sum))
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """The `by_tokens` groups that this rank trains on; as many on every rank, empty where a rank has fewer.
-
-    An empty one is `idle_backward`'s.
-    """
-    ranks = []
-    for share in distributed.deal(lengths):
-        parts = by_tokens([lengths[i] for i in share], budget)
-        ranks.append([[share[i] for i in part] for part in parts])
-    mine = ranks[distributed.rank()]
-    return mine + [[]] * (max(map(len, ranks)) - len(mine))
-
-
-def idle_backward(policy: PolicyModule) -> None:
+def idle_backward(policy: PolicyModule, attention: str = "auto") -> None:
     """Take part in the other ranks' forward and backward pass without adding to the gradient."""
-    two_tokens = pack([np.zeros(2, np.int64)], policy.device)
+    two_tokens = pack([np.zeros(2, np.int64)], policy.device, attention=attention)
     logp, entropy = policy(two_tokens, torch.tensor([False, True]))
     (0.0 * (logp.sum() + entropy.sum())).backward()
-
-
-def by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices grouped, longest first, so that a group holds at most `budget` tokens or a single sequence."""
-    groups: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not groups or lengths[i] > room:
-            groups.append([])
-            room = budget
-        groups[-1].append(i)
-        room -= lengths[i]
-    return groups

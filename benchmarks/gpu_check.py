@@ -328,7 +328,8 @@ def _build(full: bool) -> str:
 
 
 def kernel_tests(args: argparse.Namespace) -> int:
-    """The kernel tests, whose tensors are on the GPU where there is one; without a GPU `make test` runs them."""
+    """The tests of kernels and attention, whose tensors are on the GPU where there is one; without a GPU `make test`
+    runs them."""
     import importlib.util
 
     import torch
@@ -341,6 +342,8 @@ def kernel_tests(args: argparse.Namespace) -> int:
         return 0
     left_out = OFFLINE_TESTS if args.full else OFFLINE_TESTS + FULL_TESTS
     files = sorted(str(p) for p in (ROOT / "tests").glob("test_kernels_*.py") if p.name not in left_out)
+    if importlib.util.find_spec("transformers"):
+        files.append(str(ROOT / "tests" / "test_attention.py"))
     command = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "-q", "--tb=line", *files]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(TEST_PROCESSES)]

@@ -183,7 +183,8 @@ def _ours(batch: Batch, model: PreTrainedModel, micro_tokens: int | None) -> Con
             trainer._sample = sample
 
     parts = "one micro-batch" if micro_tokens is None else f"micro-batches of {micro_tokens} tokens"
-    return Contestant("autotool", step, update, f"PolicyTrainer.step, {parts}, no activation checkpointing")
+    how = f"PolicyTrainer.step, {parts}, prompts shared, no activation checkpointing"
+    return Contestant("autotool", step, update, how)
 
 
 def _score(completions: list, **_: Any) -> list[float]:

@@ -14,7 +14,8 @@ from autotool_fast.cli import load_preset
 from autotool_fast.config import TrainConfig, from_dict
 from autotool_fast.errors import UserError
 from autotool_fast.loop import Optimizers
-from autotool_fast.policy import pack, packed_logp_entropy
+from autotool_fast.packing import pack
+from autotool_fast.policy import packed_logp_entropy
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.train import main
 

@@ -24,8 +24,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import autotool_fast.packing as packing
 import autotool_fast.policy as policy
-from autotool_fast.policy import attention, pack, packed_hidden, packed_logp_entropy, recompute_activations
+from autotool_fast.packing import pack
+from autotool_fast.policy import attention, packed_hidden, packed_logp_entropy, recompute_activations
 from autotool_fast.rollout.engine import SlotEngine
 
 torch.set_num_threads(1)
@@ -95,14 +97,20 @@ def reference(model, sequences, marks, temperature=1.0) -> tuple[torch.Tensor, t
     return torch.cat(logps), torch.cat(entropies)
 
 
-def packed(model, sequences, marks, **options):
-    return packed_logp_entropy(model, pack(sequences), torch.from_numpy(np.concatenate(marks)), **options)
+def packed(model, sequences, marks, prompts=None, **options):
+    batch = pack(sequences, prompts=prompts)
+    return packed_logp_entropy(model, batch, torch.from_numpy(np.concatenate(marks)), **options)
 
 
 def gradients(model, value: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     value.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def distance(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative, in the 2-norm."""
+    return float((actual - wanted).norm() / wanted.norm())
 
 
 # Eleven lengths that fall into two buckets, a repeated one, the shortest possible and one of a single token.
@@ -113,7 +121,7 @@ LENGTHS = [31, 3, 30, 29, 28, 30, 27, 26, 26, 2, 1]
 def test_packed_log_probs_and_entropies_equal_the_models_own(model, temperature):
     sequences = make_sequences(LENGTHS)
     marks = mark(sequences)
-    assert len(pack(sequences).buckets) > 1
+    assert len(pack(sequences).buckets.members) > 1
     with torch.no_grad():
         result = packed(model, sequences, marks, temperature=temperature)
         logp, entropy = reference(model, sequences, marks, temperature)
@@ -134,6 +142,72 @@ def test_packed_gradients_equal_the_models_own(model):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-10, msg=name)  # sums over 200 tokens
 
 
+def make_groups(seed: int = 0) -> tuple[list[np.ndarray], list[int]]:
+    """Groups of 4, 10 and 1 sequences with prompts of 9, 1 and 5 tokens, mixed, one sequence without; and the lengths
+    of their prompts. Ends are of 1 to 14 tokens."""
+    rng = np.random.default_rng(seed)
+    sequences, prompts = [], []
+    for shared, ends in ((9, [1, 5, 12, 5]), (1, [3, 14, 2, 2, 1, 7, 8, 9, 9, 6]), (5, [4]), (0, [6])):
+        prompt = rng.integers(0, VOCAB, shared)
+        for end in ends:
+            sequences.append(np.concatenate([prompt, rng.integers(0, VOCAB, end)]).astype(np.int32))
+            prompts.append(shared)
+    order = rng.permutation(len(sequences))
+    return [sequences[i] for i in order], [prompts[i] for i in order]
+
+
+def test_shared_prompts_change_neither_results_nor_gradients(model):
+    """Marked in prompts too, and at the first token behind one."""
+    sequences, prompts = make_groups()
+    marks = [m | (np.arange(len(m)) == n) & (n > 0) for m, n in zip(mark(sequences), prompts, strict=True)]
+    assert pack(sequences, prompts=prompts).tokens == sum(map(len, sequences)) - 3 * 9 - 9 * 1
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(2, sum(m.sum() for m in marks), generator=generator, dtype=torch.float64)
+    expected = reference(model, sequences, marks, 0.7)
+    wanted = gradients(model, (weights[0] * expected[0] + weights[1] * expected[1]).sum())
+    result = packed(model, sequences, marks, prompts, temperature=0.7)
+    torch.testing.assert_close(tuple(result), expected, **EXACT)
+    ours = gradients(model, (weights[0] * result.logp + weights[1] * result.entropy).sum())
+    for name, gradient in wanted.items():
+        assert distance(ours[name], gradient) <= 1e-6, name  # these models' norms round to float32, per row or per sum
+
+
+def test_shared_prompts_save_the_work_and_their_gradient_comes_from_all_who_share(qwen):
+    """A token that only the prompt has gets the gradient of every sequence behind it."""
+    prompt = np.array([20, 21, 22])
+    ends = [np.array([1, 2]), np.array([3]), np.array([4, 5, 6])]
+    sequences = [np.concatenate([prompt, end]) for end in ends]
+    marks = [np.arange(len(s)) >= 3 for s in sequences]
+    qwen.config.tie_word_embeddings = False
+    qwen.lm_head.weight = torch.nn.Parameter(qwen.lm_head.weight.detach().clone())
+    seen = []
+    hook = qwen.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    shared = gradients(qwen, packed(qwen, sequences, marks, [3, 3, 3]).logp.sum())["model.embed_tokens.weight"]
+    hook.remove()
+    assert seen == [3 + 2 + 1 + 3]
+    alone = [
+        gradients(qwen, packed(qwen, [s], [m]).logp.sum())["model.embed_tokens.weight"]
+        for s, m in zip(sequences, marks, strict=True)
+    ]
+    assert all((a[20:] != 0).any() for a in alone)
+    assert distance(shared, sum(alone)) <= 1e-6
+
+
+def test_shared_prompts_in_bfloat16_are_as_close_as_prompts_of_their_own():
+    """Sums of a prompt's gradients over its group are rounded to 8 bits once more for each member."""
+    sequences, prompts = make_groups()
+    marks = mark(sequences)
+    model = make_model("qwen2-gqa")
+    wanted = gradients(model, packed(model, sequences, marks).logp.sum())
+    model = model.to(torch.bfloat16)
+    errors = []
+    for shared in (None, prompts):
+        found = gradients(model, packed(model, sequences, marks, shared).logp.sum())
+        errors.append({name: distance(found[name].double(), gradient) for name, gradient in wanted.items()})
+    for name, error in errors[1].items():
+        assert error <= 1.5 * errors[0][name] + 2.0**-8, name
+
+
 def test_the_order_of_packing_does_not_matter(qwen):
     sequences = make_sequences([5, 9, 1, 7])
     marks = mark(sequences)
@@ -149,10 +223,10 @@ def test_how_lengths_are_grouped_does_not_matter(qwen, monkeypatch):
     marks = mark(sequences)
     results = {}
     for name, smallest in (("one each", 1), ("several", 4), ("one for all", 99)):
-        grouped = policy._length_buckets
-        monkeypatch.setattr(policy, "_length_buckets", lambda n, grouped=grouped, k=smallest: grouped(n, 1.0, k))
+        grouped = packing._length_buckets
+        monkeypatch.setattr(packing, "_length_buckets", lambda n, grouped=grouped, k=smallest: grouped(n, 1.0, k))
         with torch.no_grad():
-            results[name] = (len(pack(sequences).buckets), packed(qwen, sequences, marks).logp)
+            results[name] = (len(pack(sequences).buckets.members), packed(qwen, sequences, marks).logp)
         monkeypatch.undo()
     assert results["one for all"][0] == 1 < results["several"][0] < results["one each"][0]
     for _, logp in results.values():
@@ -215,45 +289,6 @@ def test_float32_models_give_float32_results():
     logp, _ = reference(model.double(), sequences, marks)
     # Some hundred roundings of 6e-8 on values below 10.
     torch.testing.assert_close(result.logp.double(), logp, rtol=0, atol=1e-4)
-
-
-# The layout
-
-
-def test_the_layout_of_a_batch():
-    sequences = make_sequences(LENGTHS)
-    batch = pack(sequences)
-    total = sum(LENGTHS)
-    assert batch.tokens == total
-    assert batch.ids.dtype == torch.int64
-    assert batch.ids.tolist() == [token for s in sequences for token in s.tolist()]
-    assert batch.positions.tolist() == [j for n in LENGTHS for j in range(n)]
-    assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(LENGTHS)]
-    assert batch.cu_seqlens.dtype == torch.int32
-    flat = torch.cat([index.flatten() for index in batch.buckets])
-    assert flat[batch.order].tolist() == list(range(total))
-    assert sorted(flat.tolist())[:total] == list(range(total))
-    assert (flat == total).sum() == len(flat) - total
-    for index in batch.buckets:
-        for row in index:
-            inside = row[row < total]
-            assert batch.positions[inside].tolist() == list(range(len(inside)))
-
-
-def test_buckets_keep_padding_low():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(20, 200, 100)
-    batch = pack(make_sequences(lengths.tolist()))
-    cells = sum(index.numel() for index in batch.buckets)
-    # Lengths in a bucket are at least 0.8 of its longest, but for a last bucket of the eight shortest.
-    assert cells < lengths.sum() / 0.8 + 8 * lengths.max()
-    assert all(len(index) >= 8 for index in batch.buckets[:-1])
-
-
-@pytest.mark.parametrize("sequences", [[], [np.zeros(0, np.int32)], [np.ones(2, np.int32), np.zeros(0, np.int32)]])
-def test_an_empty_sequence_cannot_be_packed(sequences):
-    with pytest.raises((AssertionError, ValueError)):
-        pack(sequences)
 
 
 # The attention function comes and goes
@@ -344,7 +379,7 @@ def test_what_a_model_does_to_its_logits_is_done_by_trainer_and_sampler(kind):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_recomputed_activations_give_the_same_gradients_with_less_saved(name):
-    sequences = make_sequences([30, 12, 21])
+    sequences, prompts = make_groups()
     found, sizes = [], []
     for recompute in (False, True):
         model = make_model(name)
@@ -357,7 +392,7 @@ def test_recomputed_activations_give_the_same_gradients_with_less_saved(name):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logp, _ = packed(model, sequences, mark(sequences))
+            logp, _ = packed(model, sequences, mark(sequences), prompts)
         found.append(gradients(model, logp.sum()))
         sizes.append(sum(saved.values()))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import random
 import sys
@@ -40,7 +41,8 @@ from autotool_fast.controller import ARMS, EntropyStats
 from autotool_fast.evaluate import cell_weights, evaluate
 from autotool_fast.metrics import Timer
 from autotool_fast.objective import SCOPES
-from autotool_fast.policy import pack, packed_logp_entropy
+from autotool_fast.packing import pack
+from autotool_fast.policy import packed_logp_entropy
 from autotool_fast.rl import ResponseTokens, reward_table, rollout_limits
 from autotool_fast.rollout.driver import rollout
 from autotool_fast.tasks import tiny
@@ -153,7 +155,7 @@ def tokens_in_the_loss(setting: Setting, module: types.ModuleType, monkeypatch) 
 
     def record(model, batch, trained, **options):
         spans = zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
-        seen.extend(batch.ids[a:b][trained[a:b]].tolist() for a, b in spans)
+        seen.extend(batch.ids[batch.rows[a:b]][trained[a:b]].tolist() for a, b in spans)
         return packed_logp_entropy(model, batch, trained, **options)
 
     monkeypatch.setattr(module, "packed_logp_entropy", record)
@@ -186,8 +188,8 @@ def test_sampled_tokens_reach_the_loss_unchanged(monkeypatch):
 
 
 def test_re_encoding_sampled_tokens_is_noticed(monkeypatch):
-    old = "pack([t.ids for t in part], device)"
-    new = "pack([np.array(self.chat.encode_text(self.chat.decode(t.ids))) for t in part], device)"
+    old = "[t.ids for t in part],\n                        device,"
+    new = "[np.array(self.chat.encode_text(self.chat.decode(t.ids))) for t in part], device,"
     source = Path(rl_module.__file__).read_text()
     assert source.count(old) == 1, "point this at the new form of the call"
     mutant = types.ModuleType("autotool_fast.rl")
@@ -240,7 +242,8 @@ def test_the_loss_does_not_see_tool_tokens(make):
         setting.trainer.step([CHAIN], 0)
     ((batch, trained),) = asked
     ordered = sorted(setting.trainer.last, key=lambda t: -len(t.ids))
-    assert batch.ids.tolist() == np.concatenate([t.ids for t in ordered]).tolist()
+    assert batch.ids[batch.rows].tolist() == np.concatenate([t.ids for t in ordered]).tolist()
+    assert batch.tokens == sum(len(t.ids) - t.n_prompt for t in ordered) + ordered[0].n_prompt
     assert trained.tolist() == np.concatenate([t.source == SOURCE_SAMPLED for t in ordered]).tolist()
 
 
@@ -268,6 +271,64 @@ def test_micro_batches_change_neither_loss_nor_gradient(make, normalize, scope, 
             assert other[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), name
         for name, value in gradient.items():
             torch.testing.assert_close(other_gradient[name], value, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("micro_tokens", [100_000, 150, 1])
+def test_sharing_prompts_changes_neither_loss_nor_gradient(make, micro_tokens):
+    results = []
+    for share in (False, True):
+        rl = {"micro_tokens": micro_tokens, "share_prompts": share, "target_long": 10.0}
+        setting = make(dtype=torch.float64, rl=rl)
+        results.append((setting.step(TASKS, MIXED).metrics, setting.gradient))
+    (metrics, gradient), (other, other_gradient) = results
+    for name, value in metrics.items():
+        assert other[name] == pytest.approx(value, rel=1e-6, abs=1e-7), name
+    for name, value in gradient.items():
+        # The op hands float32 numbers back, and the model's norms compute in float32.
+        assert float((other_gradient[name] - value).norm() / value.norm()) <= 1e-6, name
+
+
+def elsewhere(setting: Setting, noise: float) -> None:
+    """Have the sampler's log-probs be off by +-`noise` nats."""
+    sample = setting.trainer._sample
+
+    def off(tasks, step):
+        sign = itertools.cycle([1, -1])
+        played = sample(tasks, step)
+        return [
+            dataclasses.replace(t, logp=t.logp + np.array([noise * next(sign) for _ in t.ids], np.float32))
+            for t in played
+        ]
+
+    setting.trainer._sample = off
+
+
+@pytest.mark.parametrize(
+    ("old_logp", "noise", "reused"),
+    [("auto", 0.01, 1), ("auto", 0.03, 0), ("sampler", 0.03, 1), ("trainer", 0.0, 0)],
+)
+def test_the_samplers_log_probs_serve_while_they_agree(make, old_logp, noise, reused):
+    setting = make(rl={"old_logp": old_logp, "mismatch_limit": 0.02})
+    elsewhere(setting, noise)
+    metrics = setting.step(TASKS, MIXED).metrics
+    assert metrics["mismatch/reused"] == reused
+    assert metrics["mismatch/mean"] == pytest.approx(noise, abs=1e-5)
+    assert metrics["ratio/max"] == pytest.approx(np.exp(noise) if reused else 1.0, abs=1e-5)
+
+
+def test_each_forward_pass_decides_on_its_own_log_probs(make):
+    setting = make(rl={"micro_tokens": 1, "mismatch_limit": 0.02})
+    sample = setting.trainer._sample
+
+    def first_off(tasks, step):
+        first, *others = sample(tasks, step)
+        return [dataclasses.replace(first, logp=first.logp - np.float32(0.1)), *others]
+
+    setting.trainer._sample = first_off
+    metrics = setting.step(TASKS, MIXED).metrics
+    lengths = [int((t.source == SOURCE_SAMPLED).sum()) for t in setting.trainer.last]
+    assert metrics["mismatch/reused"] == pytest.approx(1 - lengths[0] / sum(lengths))
+    assert metrics["ratio/max"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_constant_groups_alone_leave_plain_grpo_where_it_is(make):
@@ -511,6 +572,7 @@ def test_with_a_server_each_token_is_weighted_by_its_capped_ratio(make):
     assert 0 < metrics["mismatch/capped"] < 1
     assert metrics["mismatch/kl"] > 0.01
     assert metrics["ratio/max"] == pytest.approx(1.5)
+    assert metrics["mismatch/reused"] == 1.0
 
 
 def test_without_a_server_nothing_is_weighted(make):

@@ -23,7 +23,8 @@ from autotool_fast.chat.reply import parse_reply
 from autotool_fast.config import LoraConfig
 from autotool_fast.errors import UserError
 from autotool_fast.loop import Optimizers
-from autotool_fast.policy import pack, packed_logp_entropy
+from autotool_fast.packing import pack
+from autotool_fast.policy import packed_logp_entropy
 from autotool_fast.rollout import server as server_module
 from autotool_fast.rollout import vllm
 from autotool_fast.rollout.driver import RolloutLimits, rollout

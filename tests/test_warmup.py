@@ -18,7 +18,7 @@ from autotool_fast.rollout.records import StopReason, Trajectory
 from autotool_fast.tasks.rendering import solution
 from autotool_fast.tasks.tiny import build_tokenizer
 from autotool_fast.tasks.world import World
-from autotool_fast.warmup import Demonstration, by_tokens, demonstrate, imitate, sft_backward
+from autotool_fast.warmup import Demonstration, demonstrate, imitate, sft_backward
 
 torch.set_num_threads(1)
 
@@ -206,15 +206,3 @@ def test_training_on_a_demonstration_teaches_it(chat, model):
         optimizer.step()
     assert losses[0] > 4  # log of the vocabulary's size is 4.6 nats
     assert losses[-1] < 1
-
-
-@pytest.mark.parametrize("budget", [1, 7, 10, 1000])
-def test_groups_keep_to_the_budget_and_lose_nothing(budget):
-    lengths = [3, 9, 1, 4, 4, 12, 2, 2]
-    groups = by_tokens(lengths, budget)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    for group in groups:
-        assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
-    ordered = [lengths[i] for group in groups for i in group]
-    assert ordered == sorted(lengths, reverse=True)
-    assert by_tokens([], budget) == []
