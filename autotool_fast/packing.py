@@ -210,11 +210,12 @@ def pack(
 
 
 def _similar(s: Segments) -> list[np.ndarray]:
-    """Segment numbers grouped for padding: with and without a prompt apart, then by length."""
+    """Segment numbers grouped for padding, those with and without a prompt apart: by its length, then by their own."""
     groups = []
     for chosen in (np.flatnonzero(s.prompt_lengths == 0), np.flatnonzero(s.prompt_lengths)):
         if chosen.size:
-            groups += [chosen[some] for some in _length_buckets(s.lengths[chosen])]
+            for near in _length_buckets(s.prompt_lengths[chosen]):
+                groups += [chosen[near[some]] for some in _length_buckets(s.lengths[chosen[near]])]
     return groups
 
 

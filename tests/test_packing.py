@@ -118,6 +118,15 @@ def test_buckets_keep_padding_low():
     assert all(len(bucket.queries) >= 8 for bucket in batch.buckets.members[:-1])
 
 
+def test_responses_to_long_and_to_short_prompts_are_not_padded_together():
+    rng = np.random.default_rng(0)
+    prompts = [n for n in (20, 200, 1000) for _ in range(8)]
+    sequences = [np.r_[np.full(n, n), rng.integers(0, 9, rng.integers(10, 30))] for n in prompts]
+    batch = pack(sequences, prompts=prompts)
+    cells = sum(bucket.keys.numel() for bucket in batch.buckets.members if bucket.keys is not None)
+    assert cells <= 1.25 * sum(map(len, sequences))
+
+
 @pytest.mark.parametrize("sequences", [[], [np.zeros(0, np.int32)], [np.ones(2, np.int32), np.zeros(0, np.int32)]])
 def test_an_empty_sequence_cannot_be_packed(sequences):
     with pytest.raises((AssertionError, ValueError)):
