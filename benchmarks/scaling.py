@@ -163,7 +163,7 @@ def add(report: Report, one: Series, model: str, times: dict[str, Any]) -> None:
 
 def _sentence(name: str, f: dict[str, float]) -> str:
     return (
-        f"{name}: t = {f['intercept']:.3g} ms + {1e3 * f['slope']:.3g} us x, R^2 {f['r2']:.4f}; "
+        f"{name}: t = {f['intercept']:.3g} ms {1e3 * f['slope']:+.3g} us x, R^2 {f['r2']:.4f}; "
         f"t ~ x^({f['exponent']:.2f} +- {f['exponent_error']:.2f})"
     )
 
