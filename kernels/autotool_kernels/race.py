@@ -30,12 +30,12 @@ def draw(
     bits = philox.random_bits(seed, offset, v)
     m, s, u = torch.empty(3, rows, 1).unbind(0)
     least = torch.empty(rows, sets)
-    tile = max(1, min(rows, TILE_ELEMENTS * torch.get_num_threads() // v))
-    x_rows, e_rows = torch.empty(2, tile, v).unbind(0)
-    ratio_rows = torch.full((tile, DEPTH * sets), float("inf"))
+    # Never one row alone out of several: threads would share its sums out, and round otherwise than with neighbours.
+    tile = min(rows, max(2, TILE_ELEMENTS * torch.get_num_threads() // v))
+    x, e = torch.empty(2, tile, v).unbind(0)
+    ratio = torch.full((tile, DEPTH * sets), float("inf"))
     for start in range(0, rows, tile):
-        r = slice(start, min(start + tile, rows))
-        x, e, ratio = (buffer[: r.stop - start] for buffer in (x_rows, e_rows, ratio_rows))
+        r = slice(min(start, rows - tile), min(start + tile, rows))
         z = _scaled(logits[r], t, r)
         torch.amax(z, 1, keepdim=True, out=m[r])
         torch.sub(z, m[r].masked_fill(m[r] == float("-inf"), 0.0), out=x).clamp_(min=EXP_FLOOR)
