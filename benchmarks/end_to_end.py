@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 PEERS = ("trl", "vllm", "accelerate", "datasets")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are `UserError`s."""
+
     def error(self, message: str) -> Any:
         raise UserError(message, remedy="see --help")
 
 
 def parser(description: str | None, module: str) -> argparse.ArgumentParser:
     """The options of both scripts."""
-    p = _Parser(prog=f"python -m benchmarks.{module}", description=description)
+    p = Parser(prog=f"python -m benchmarks.{module}", description=description)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--prompts", type=positive, default=2, metavar="N", help="groups (default 2)")
     p.add_argument("--group", type=positive, default=16, metavar="N", help="samples of a prompt (default 16)")

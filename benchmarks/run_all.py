@@ -15,6 +15,7 @@ SCRIPTS = (
     ("sample_logp_entropy", "--quick"),
     ("rollout", "--quick"),
     ("train_step", "--quick"),
+    ("scaling", "--quick"),
     ("collapse",),
     ("default_run",),
 )

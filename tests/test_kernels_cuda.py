@@ -23,10 +23,10 @@ from autotool_kernels import (
     cuda,
     dispatch,
     logits_logp_entropy,
-    philox,
     policy,
     policy_loss,
     sample_logp_entropy,
+    sampler,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -326,7 +326,7 @@ def test_sampler_draws_the_tokens_of_the_reference(emulated, dtype, v, parts):
     if v > 1:
         logits[2, 1] = float("-inf")
     seed, offset = torch.arange(5) - 2**40, torch.arange(5) * 2**33 + 5
-    wanted = philox.sample_forward(logits, 1.0, temperature, seed, offset)
+    wanted = sampler.sample_forward(logits, 1.0, temperature, seed, offset)
     results = []
     for cluster, wide in ((True, True), (False, False)):
         view = aligned(logits, wide)

@@ -157,3 +157,26 @@ def test_large_products_use_onednn_and_agree(monkeypatch, layout, dtype):
     # Written once: half a unit in the last place of bfloat16 at most.
     tolerance = TOLERANCE if dtype == torch.float32 else 2.0**-8
     assert max(oracle.relative_error(a, w) for a, w in zip(actual[2:], wanted[2:], strict=True)) <= tolerance
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="oneDNN's layout")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_blocked_once_gives_the_same_products(monkeypatch, dtype):
+    monkeypatch.setattr(products, "ONEDNN_FLOPS", 2 * 4 * 40 * 300)
+    make = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 40, generator=make).to(dtype)
+    blocked = products.block_weight(weight, torch.float32, 4)
+    for rows in (1, 4, 33):
+        x = torch.randn(rows, 40, generator=make).to(dtype)
+        assert torch.equal(
+            products.project(x, weight, torch.float32, blocked), products.project(x, weight, torch.float32)
+        )
+    weight.zero_()  # the larger product reads the copy
+    assert products.project(x, weight, torch.float32, blocked).any()
+    assert not products.project(x[:1], weight, torch.float32, blocked).any()
+
+
+def test_weights_of_small_or_wide_products_are_not_blocked():
+    assert products.block_weight(torch.zeros(300, 40, device=DEVICE), torch.float32, 4) is None
+    large = torch.zeros(products.ONEDNN_FLOPS // 64, 32, dtype=torch.float64, device=DEVICE)
+    assert products.block_weight(large, torch.float64, 4) is None

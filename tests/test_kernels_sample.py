@@ -5,7 +5,7 @@ from __future__ import annotations
 import kernels_oracle as oracle
 import pytest
 import torch
-from autotool_kernels import philox, sample_logp_entropy
+from autotool_kernels import philox, race, sample_logp_entropy, sampler
 from kernels_oracle import DEVICE, LOGITS_BACKENDS, QUIET
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
@@ -14,6 +14,16 @@ pytestmark = pytest.mark.filterwarnings(QUIET)
 def rows(n, v, seed=0):
     logits = torch.randn(n, v, generator=torch.Generator().manual_seed(seed)) * 2
     return logits.to(DEVICE), torch.arange(n, device=DEVICE) + 11, torch.arange(n, device=DEVICE) * 3
+
+
+def philox_block(counter, key):
+    """Four words of one block, in Python's integers."""
+    (x0, x1, x2, x3), (k0, k1), mask = counter, key, 2**32 - 1
+    for _ in range(philox.ROUNDS):
+        p0, p1 = x0 * philox.MULTIPLIERS[0], x2 * philox.MULTIPLIERS[1]
+        x0, x1, x2, x3 = p1 >> 32 ^ x1 ^ k0, p1 & mask, p0 >> 32 ^ x3 ^ k1, p0 & mask
+        k0, k1 = (k0 + philox.WEYL[0]) & mask, (k1 + philox.WEYL[1]) & mask
+    return [x0, x1, x2, x3]
 
 
 @pytest.mark.parametrize(
@@ -29,8 +39,20 @@ def rows(n, v, seed=0):
     ],
 )
 def test_philox_known_answers(counter, key, words):
-    out = philox.philox_4x32(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
-    assert [int(w) for w in out] == words
+    assert philox_block(counter, key) == words
+
+
+@pytest.mark.parametrize("tile", [1, 3, 1 << 14])
+def test_bits_are_philox_of_block_offset_and_seed(monkeypatch, tile):
+    monkeypatch.setattr(philox, "TILE_BLOCKS", tile)
+    pairs = [(0, 0), (-(2**40), 2**33 + 5), (2**62 + 1, -1), (2**63 - 1, -(2**63)), (5, 0xDEADBEEF)]
+    seed, offset = torch.tensor(pairs, device=DEVICE).t()
+    bits = philox.random_bits(seed, offset, 9)
+    assert bits.shape == (5, 12)
+    for row, (s, o) in zip(bits.tolist(), pairs, strict=True):
+        key, high = (s & philox.MASK, s >> 32 & philox.MASK), (o & philox.MASK, o >> 32 & philox.MASK)
+        wanted = [word for block in range(3) for word in philox_block((block, 0, *high), key)]
+        assert [word & philox.MASK for word in row] == wanted
 
 
 def test_uniforms_use_the_whole_seed_and_offset():
@@ -97,9 +119,77 @@ def test_a_row_does_not_depend_on_its_batch(backend):
 def test_chunks_of_rows_change_nothing(monkeypatch):
     logits, seed, offset = rows(9, 130)
     whole = sample_logp_entropy(logits, seed=seed, offset=offset, backend="torch")
-    monkeypatch.setitem(philox.TILE_ELEMENTS, DEVICE, 300)
+    monkeypatch.setitem(sampler.TILE_ELEMENTS, DEVICE, 300)
     for a, b in zip(whole, sample_logp_entropy(logits, seed=seed, offset=offset, backend="torch"), strict=True):
         assert torch.equal(a, b)
+
+
+RACED = {  # what a row may hold, and why the search for candidates could go wrong on it
+    "flat": lambda x: x * 0.1,
+    "equal": lambda x: x * 0.0,
+    "peaked": lambda x: x * 6,  # the winner's u is large, where -log(1 - u) is not u
+    "far from zero": lambda x: x + 3e6,  # scores are multiples of 1/4: many ties
+    "one certain": lambda x: x.index_fill(1, torch.tensor([70]), 80.0),
+    "masked": lambda x: x.index_fill(1, torch.arange(0, 200, 2), float("-inf")),
+    "no candidate": lambda x: torch.full_like(x, float("-inf")),
+    "infinite": lambda x: x.index_fill(1, torch.tensor([90, 100]), float("inf")),
+    "not a number": lambda x: x.index_fill(1, torch.tensor([31, 150]), float("nan")),
+    "low precision": lambda x: x.bfloat16(),
+}
+
+
+def full_race(logits, t, seed, offset):
+    z = logits.float() if t is None else logits.float() / t
+    token = (philox.gumbel_(philox.uniforms(seed, offset, z.shape[1])) + z).argmax(1, keepdim=True)
+    return token, z.gather(1, token), sampler.reduce_(z.clone(), guard=True)
+
+
+@pytest.mark.parametrize("kind", RACED)
+def test_the_race_of_candidates_is_the_race_of_all(monkeypatch, kind):
+    monkeypatch.setattr(race, "TILE_ELEMENTS", 1000)
+    n, v = 150, 201
+    make = torch.Generator().manual_seed(1)
+    logits = RACED[kind](torch.randn(n, v, generator=make))
+    seed, offset = torch.arange(n) + 11, torch.arange(n) * 3
+    for t in (None, 0.7, torch.linspace(0.3, 2.0, n)[:, None]):
+        token, chosen, stats = race.draw(logits, t, seed, offset)
+        wanted = full_race(logits, t, seed, offset)
+        assert torch.equal(token, wanted[0])
+        for a, b in zip((chosen, *stats), (wanted[1], *wanted[2]), strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
+            assert torch.equal(a.isnan(), b.isnan())
+
+
+def test_the_least_ratio_alone_does_not_decide():
+    """Rows in which another column than that of the least u / e wins: the bound has to let it through."""
+    n, v = 4000, 130
+    logits = torch.tensor([0.0, -1.0, -1.5, -2.0]).repeat(33)[:v] + torch.arange(v).gt(3) * -30.0
+    logits, seed, offset = logits.expand(n, v), torch.arange(n), torch.arange(n) * 5
+    wanted = full_race(logits, None, seed, offset)[0]
+    least = (philox.uniforms(seed, offset, v) / (logits - logits.amax(1, keepdim=True)).exp()).argmin(1, keepdim=True)
+    assert (least != wanted).any()
+    assert torch.equal(race.draw(logits, None, seed, offset)[0], wanted)
+
+
+def test_few_columns_need_a_logarithm(monkeypatch):
+    counts = []
+    gumbel = philox.gumbel_
+    monkeypatch.setattr(philox, "gumbel_", lambda u: counts.append(u.numel()) or gumbel(u))
+    n, v = 40, 10000
+    logits = torch.randn(n, v, generator=torch.Generator().manual_seed(2))
+    sample_logp_entropy(logits, seed=torch.arange(n), offset=torch.arange(n), backend="torch")
+    assert n * race.DEPTH <= sum(counts) <= 2 * n * race.DEPTH  # one set a row, seldom more
+
+
+def test_a_large_vocabulary_with_a_greedy_row():
+    logits, seed, offset = rows(3, sampler.RACE_COLUMNS)
+    temperature = torch.tensor([1.0, 0.0, 0.5], device=DEVICE)
+    out = sample_logp_entropy(logits, temperature=temperature, seed=seed, offset=offset, backend="torch")
+    assert out.token[1] == logits[1].argmax()
+    alone = sample_logp_entropy(
+        logits[2:], temperature=temperature[2:], seed=seed[2:], offset=offset[2:], backend="torch"
+    )
+    assert all(torch.equal(a[2:], b) for a, b in zip(out, alone, strict=True))
 
 
 @pytest.mark.parametrize("backend", LOGITS_BACKENDS)

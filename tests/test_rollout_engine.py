@@ -260,6 +260,19 @@ def test_a_large_heads_logits_are_the_heads_own(kind):
         torch.testing.assert_close(logits, model.lm_head(hidden), rtol=1e-5, atol=2e-5)
 
 
+def test_new_weights_of_a_large_head_reach_the_next_session(monkeypatch):
+    monkeypatch.setattr("autotool_kernels.products.ONEDNN_FLOPS", 1)
+    model = make_model("qwen3")
+    engine = SlotEngine(model, slots=2, max_len=8)
+    hidden = torch.randn(2, model.config.hidden_size)
+    for _ in range(2):
+        with engine.session(stop_ids=[], temperature=1.0), torch.no_grad():
+            wanted = hidden @ model.get_output_embeddings().weight.T
+            assert engine._logits(hidden).sub(wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(-3.0)
+
+
 def test_non_finite_logits_stop_the_run_and_leave_no_trace():
     model = make_model()
     engine = SlotEngine(model, slots=2, max_len=64)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from autotool_kernels import sample_logp_entropy
-from autotool_kernels.products import project
+from autotool_kernels.products import block_weight, project
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -107,6 +107,7 @@ class SlotEngine:
         self._leader: dict[int, _Group] = {}  # key of the row that reads the group's prompt
         self._is_stop = np.zeros(0, bool)
         self._temperature = 1.0
+        self._blocked_head: Tensor | None = None  # the head as large products on a CPU want it
         self._open = False
         self.stats = EngineStats()
 
@@ -132,12 +133,15 @@ class SlotEngine:
         self.stats = EngineStats()
         model.config._attn_implementation = ATTENTION_NAME
         model.eval()
+        head = model.get_output_embeddings().weight
+        self._blocked_head = block_weight(head, torch.promote_types(head.dtype, torch.float32), self.slots)
         self._open = True
         try:
             with torch.inference_mode():
                 yield self
         finally:
             self._open = False
+            self._blocked_head = None
             model.config._attn_implementation = implementation
             for module in training:
                 module.training = True
@@ -270,7 +274,7 @@ class SlotEngine:
         if wide == head.weight.dtype and (bias is not None or type(head) is not torch.nn.Linear):
             logits = head(hidden)
         else:  # as the trainer computes them: bfloat16 logits would be off by up to 2^-9 of their size
-            logits = project(hidden, head.weight, wide)
+            logits = project(hidden, head.weight, wide, self._blocked_head)
             if bias is not None:
                 logits += bias
         if self._scale != 1.0:

@@ -22,7 +22,7 @@ _MODULES = {
     "logits_logp_entropy": {"torch": "reference_logits", "triton": "triton_logits", "cuda": "cuda"},
     "logits_logp_entropy_backward": {"torch": "reference_logits", "triton": "triton_logits", "cuda": "cuda"},
     "policy_loss": {"torch": "policy", "triton": "triton_policy", "cuda": "cuda"},
-    "sample_logp_entropy": {"torch": "philox", "triton": "triton_sample", "cuda": "cuda"},
+    "sample_logp_entropy": {"torch": "sampler", "triton": "triton_sample", "cuda": "cuda"},
 }
 _FUNCTIONS = {
     "linear_logp_entropy": "linear_forward",

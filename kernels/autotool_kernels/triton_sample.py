@@ -4,7 +4,7 @@ A program draws the best candidate of one split of a row, with the split's softm
 merges. The splits depend on V alone: small batches fill the device, and a row's token and numbers do not depend on the
 batch. The splits cannot change the token, because the column, not the program, names the random bits.
 
-Draws the same Philox bits as `philox.uniforms`; -log(1 - u) is rounded differently in the last bits, so two
+Draws the same bits as `philox.random_bits`; -log(1 - u) is rounded differently in the last bits, so two
 backends can disagree only where two candidates tie to about 1e-5.
 """
 
@@ -37,7 +37,7 @@ def _log2(x, FAST: tl.constexpr):
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """`philox.philox_4x32` on uint32 words; products 32 x 32 -> 64, one instruction where tl.philox takes two."""
+    """Ten rounds on uint32 words; products 32 x 32 -> 64, one instruction where tl.philox takes two."""
     for _ in tl.static_range(10):
         p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
