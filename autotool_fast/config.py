@@ -416,6 +416,10 @@ class TrainConfig(Section):
     """Replace the run in the run folder."""
     dry_run: bool = False
     """Check the settings, print the plan and stop."""
+    profile: bool = False
+    """Write a trace of a few steps of each stage and a table of where its time goes into the run's profile/."""
+    profile_steps: int = number(1, low=1)
+    """Steps in the trace of a stage, after the first two."""
     threads: int = number(1, low=1)
     """CPU threads per process."""
     device: Literal["cpu", "cuda"] = "cpu"

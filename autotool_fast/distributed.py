@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from autotool_fast.errors import Interrupted, UserError
+from autotool_fast.metrics import phase
 
 T = TypeVar("T")
 
@@ -118,7 +119,8 @@ def gather(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value)
+    with phase("sync"):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -134,7 +136,8 @@ def on_main(work: Callable[[], T]) -> T:
     import torch.distributed as dist
 
     box = [work() if is_main() else None]
-    dist.broadcast_object_list(box)
+    with phase("sync"):
+        dist.broadcast_object_list(box)
     return box[0]  # type: ignore[return-value]
 
 

@@ -30,6 +30,8 @@ from autotool_fast.runs import RunFolder
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from autotool_fast.profiling import Profiler
+
 MAX_SKIPPED = 3
 
 
@@ -73,6 +75,7 @@ class Context:
     progress: Progress
     stop: StopFlag
     timer: Timer = field(default_factory=Timer)
+    profiler: Profiler | None = None
 
 
 class Optimizers:
@@ -240,7 +243,8 @@ def run_steps(
     context.progress.start(stage, steps, first, every_step=True)
     context.timer.take()
     begin = time.perf_counter() - elapsed
-    for index in range(first, steps):
+    indices = range(first, steps)
+    for index in context.profiler.steps(indices) if context.profiler else indices:
         result = step(index)
         extra = after(index + 1) if after is not None else {}
         seconds = time.perf_counter() - begin
@@ -261,8 +265,8 @@ def run_steps(
 
 
 def _save(context: Context, stage: Stage, step: int, state: StageState, seconds: float, skipped: int) -> None:
-    tensors, rest = state.optimizers.pack()
     with context.timer.phase("checkpoint"):
+        tensors, rest = state.optimizers.pack()
         checkpoint.save(
             context.run.checkpoints(stage),
             step,

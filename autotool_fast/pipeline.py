@@ -119,7 +119,8 @@ class Pipeline:
 
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Export a model as a Hugging Face folder, which is whole or absent; an adapter is merged into it first."""
-        distributed.on_main(lambda: self._save(model, name))
+        with self.context.timer.phase("checkpoint"):
+            distributed.on_main(lambda: self._save(model, name))
 
     def _save(self, model: PreTrainedModel, name: str) -> None:
         if adapters.present(model):
@@ -173,8 +174,7 @@ class Pipeline:
         def step(index: int) -> StepResult:
             with timer.phase("data"):
                 demos = batch(index)
-            with timer.phase("backward"):
-                loss = sft_backward(optimizers.trained, demos)
+            loss = sft_backward(optimizers.trained, demos)
             with timer.phase("optimizer"):
                 scale = trapezoid(index, steps, config.warmup_steps)
                 norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from autotool_fast import distributed
 from autotool_fast.loop import Optimizers
+from autotool_fast.metrics import phase
 from autotool_fast.policy import PolicyModule
 
 FULL_PRECISION = (torch.float32, torch.float64)
@@ -74,7 +75,7 @@ class ShardedOptimizers(Optimizers):
         """As in one process; `measured` must be the same on every rank."""
         norm, finite = super().step(max_norm, scale, measured=measured)
         if finite:
-            with torch.no_grad():
+            with phase("sync"), torch.no_grad():
                 for whole, part in self._pairs:
                     whole.copy_(part.full_tensor())
         return norm, finite
