@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autotool_fast import checkpoint, distributed, files
-from autotool_fast.config import Stage, TrainConfig
+from autotool_fast.config import OptimizerKind, Stage, TrainConfig
 from autotool_fast.errors import Interrupted, UserError
 from autotool_fast.metrics import MetricsWriter, Progress, Row, Timer
 from autotool_fast.runs import RunFolder
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from autotool_fast.profiling import Profiler
 
 MAX_SKIPPED = 3
+BETAS = (0.9, 0.95)
 
 
 class StopFlag:
@@ -82,7 +83,9 @@ class Optimizers:
     """One or several torch optimizers over disjoint parameters, stepped together.
 
     Parameters in low precision are updated through float32 copies, which also sum their gradients over micro-batches:
-    a relative change below 2^-9 would be lost in bfloat16, and updates are smaller.
+    a relative change below 2^-9 would be lost in bfloat16, and updates are smaller. Offloaded, every parameter has
+    such a copy in the machine's memory, where gradients are summed and moments kept: each micro-batch sends its
+    gradients there, each step the weights back.
 
     Args:
         model: its parameters are split by shape; kept as `trained`.
@@ -90,15 +93,24 @@ class Optimizers:
         weight_decay: decoupled.
         matrix: "adamw" for AdamW on everything, "muon" for Muon on the decoder's weight matrices and AdamW on the rest
             (embeddings, norms). Muon's update is scaled to AdamW's root mean square, so one `lr` serves both.
+        kind: AdamW's moments: "adamw" in float32, "adamw-8bit" in 8 bits (see `lowbit`), "offload" off the device.
     """
 
     mesh: DeviceMesh | None = None
     """The ranks that share the state out, if it is sharded."""
 
-    def __init__(self, model: torch.nn.Module, *, lr: float, weight_decay: float, matrix: str = "adamw") -> None:
-        self.trained = model
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        lr: float,
+        weight_decay: float,
+        matrix: str = "adamw",
+        kind: OptimizerKind = "adamw",
+    ) -> None:
+        self.trained, self.kind = model, kind
         self._copies: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []  # (parameter, its float32 copy)
-        named = [(name, self._float32(p)) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(name, self._held(p)) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
         if matrix == "adamw":
             matrices = []
@@ -106,21 +118,30 @@ class Optimizers:
         rest = [p for _, p in named if id(p) not in chosen]
         self.parameters = [p for _, p in named]
         self.lr = lr
-        self.members: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-        ]
+        self.members: list[torch.optim.Optimizer] = [self._adamw(rest, lr, weight_decay)]
         if matrices:
             muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             self.members.append(muon)
 
-    def _float32(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """What the optimizer holds for a parameter: itself, or a float32 copy that takes over its gradients."""
-        if parameter.dtype in (torch.float32, torch.float64):
+    def _adamw(self, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        if self.kind == "adamw-8bit":
+            from autotool_fast.lowbit import adamw_8bit
+
+            return adamw_8bit(parameters, lr=lr, betas=BETAS, weight_decay=weight_decay)
+        fused = True if self.kind == "offload" else None  # on a CPU much faster than the default
+        return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=fused)
+
+    def _held(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        """What the optimizer holds for a parameter: itself, or a copy that takes over its gradients."""
+        full = parameter.dtype in (torch.float32, torch.float64)
+        if full and self.kind != "offload":
             return parameter
-        copy = torch.nn.Parameter(parameter.detach().float())
+        device = "cpu" if self.kind == "offload" else parameter.device
+        dtype = parameter.dtype if full else torch.float32
+        copy = torch.nn.Parameter(parameter.detach().to(device, dtype, copy=True))
 
         def take(parameter: torch.nn.Parameter) -> None:
-            gradient = parameter.grad.float()
+            gradient = parameter.grad.to(copy)
             copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
             parameter.grad = None
 
@@ -139,7 +160,10 @@ class Optimizers:
         for optimizer in self.members:
             if finite:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.lr * scale
+                    if isinstance(group["lr"], torch.Tensor):
+                        group["lr"].fill_(self.lr * scale)
+                    else:
+                        group["lr"] = self.lr * scale
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if finite:
@@ -156,26 +180,40 @@ class Optimizers:
         tensors, rest = {}, []
         for i, optimizer in enumerate(self.members):
             more, state = checkpoint.pack_optimizer(optimizer, f"optimizer{i}")
+            if self.kind == "adamw-8bit" and i == 0:
+                from autotool_fast import lowbit
+
+                more = lowbit.flatten(more)
             tensors |= more
             rest.append(state)
         tensors |= {f"float32/{i}": copy.detach() for i, (_, copy) in enumerate(self._copies)}
         return tensors, rest
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], rest: Sequence[Any]) -> None:
-        """Restore what `pack` took."""
+        """Restore what `pack` took.
+
+        Raises:
+            UserError: 8-bit state of another number of processes.
+        """
         for i, optimizer in enumerate(self.members):
-            checkpoint.unpack_optimizer(optimizer, tensors, rest[i], f"optimizer{i}")
+            mine = {name: t for name, t in tensors.items() if name.startswith(f"optimizer{i}/")}
+            if self.kind == "adamw-8bit" and i == 0:
+                from autotool_fast import lowbit
+
+                mine = lowbit.restore(mine, optimizer.param_groups[0]["params"], self.mesh)
+            checkpoint.unpack_optimizer(optimizer, mine, rest[i], f"optimizer{i}")
         with torch.no_grad():
             for i, (_, copy) in enumerate(self._copies):
                 copy.copy_(tensors[f"float32/{i}"])
 
 
-def make_optimizers(model: PreTrainedModel, *, lr: float, weight_decay: float, matrix: str = "adamw") -> Optimizers:
-    """`Optimizers` over the model, or in several processes over shards of it."""
-    kind: type[Optimizers] = Optimizers
+def make_optimizers(model: PreTrainedModel, **options: Any) -> Optimizers:
+    """`Optimizers` with these options over the model, or in several processes over shards of it."""
     if distributed.world() > 1:
-        from autotool_fast.sharding import ShardedOptimizers as kind
-    return kind(model, lr=lr, weight_decay=weight_decay, matrix=matrix)
+        from autotool_fast.sharding import ShardedOptimizers
+
+        return ShardedOptimizers(model, **options)
+    return Optimizers(model, **options)
 
 
 def trapezoid(step: int, steps: int, warmup: int, decay: float = 0.3, floor: float = 0.02) -> float:

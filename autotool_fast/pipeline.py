@@ -168,7 +168,10 @@ class Pipeline:
     ) -> None:
         """Fine-tune `model` on `batch(step)`, with a trapezoidal learning rate, and save it."""
         steps = config.steps if steps is None else steps
-        optimizers = make_optimizers(model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix)
+        kind = self.config.optim.kind
+        optimizers = make_optimizers(
+            model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix, kind=kind
+        )
         timer = self.context.timer
 
         def step(index: int) -> StepResult:

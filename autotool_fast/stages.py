@@ -158,7 +158,7 @@ def refine_prompts(p: Pipeline) -> dict[str, Any]:
         _write_json(p.run.path / "refined.json", {"kept": list(range(len(pool))), "report": {}})
         return {"kept": len(pool), "pool": len(pool)}
     model = _start_model(p)
-    state = StageState(model, p.tokenizer, policy_optimizers(rl, model))
+    state = StageState(model, p.tokenizer, policy_optimizers(p.config, model))
     trainer = PolicyTrainer(p.config, state, p.engine(model), p.chat, p.context.timer)
     trainer.start_controller(pool[: rl.prompts_per_step])
     size = rl.prompts_per_step
@@ -220,7 +220,7 @@ def rl(p: Pipeline) -> dict[str, Any]:
     config = p.config.rl
     prompts = _rl_prompts(p)
     model = _start_model(p)
-    state = StageState(model, p.tokenizer, policy_optimizers(config, model))
+    state = StageState(model, p.tokenizer, policy_optimizers(p.config, model))
     engine = p.engine(model)
     trainer = PolicyTrainer(p.config, state, engine, p.chat, p.context.timer)
     held_out = p.problems.held_out(p.config.eval.interim_per_cell, "interim")
