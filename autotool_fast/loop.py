@@ -1,7 +1,8 @@
 """The loop under every training stage: steps, metrics, checkpoints, interruption.
 
 Guarantees: Ctrl-C takes effect between two steps, after a checkpoint; a resumed stage continues from its newest
-verified checkpoint as if it had not stopped; a step whose loss or gradient is not finite changes nothing, its batch is
+verified checkpoint as if it had not stopped; one whose step fails (a server that stopped answering) saves the steps
+before it; a step whose loss or gradient is not finite changes nothing, its batch is
 kept, and three in a row end the run. What a step does, and saving the finished model, is the stage's business.
 """
 
@@ -109,6 +110,7 @@ class Optimizers:
         kind: OptimizerKind = "adamw",
     ) -> None:
         self.trained, self.kind = model, kind
+        self.updates = 0  # begun by this object
         self._copies: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []  # (parameter, its float32 copy)
         named = [(name, self._held(p)) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
@@ -157,6 +159,7 @@ class Optimizers:
         """
         norm = self._clip(max_norm)
         finite = all(map(math.isfinite, (norm, *measured)))
+        self.updates += finite
         for optimizer in self.members:
             if finite:
                 for group in optimizer.param_groups:
@@ -265,11 +268,13 @@ def run_steps(
         checkpoint_every: steps between checkpoints; 0 for none but the one at an interruption.
         after: called with the number of finished steps; its metrics join the step's row (interim evaluations).
 
-    A stop asked for during the last step is left to the caller, who has the finished model to save first.
+    A stop asked for during the last step is left to the caller, who has the finished model to save first. A step that
+    fails before its update must have changed nothing else: the steps before it are saved then. One whose evaluation
+    fails keeps its row, without the evaluation.
 
     Raises:
         Interrupted: after a checkpoint, when the user asked to stop.
-        UserError: when three steps in a row were not finite.
+        UserError: when three steps in a row were not finite; what a step or `after` raises.
     """
     folder = context.run.checkpoints(stage)
     found = None
@@ -280,11 +285,22 @@ def run_steps(
     context.metrics = open_metrics(context.run, lambda row: row["stage"] != stage or row["step"] <= first)
     context.progress.start(stage, steps, first, every_step=True)
     context.timer.take()
-    begin = time.perf_counter() - elapsed
+    begin, seconds = time.perf_counter() - elapsed, elapsed
+    kept = first
     indices = range(first, steps)
     for index in context.profiler.steps(indices) if context.profiler else indices:
-        result = step(index)
-        extra = after(index + 1) if after is not None else {}
+        generators, updates = checkpoint.capture_rng(), state.optimizers.updates
+        try:
+            result = step(index)
+        except (UserError, OSError):
+            if kept < index and updates == state.optimizers.updates:
+                _rescue(context, stage, index, state, seconds, skipped, generators)
+            raise
+        extra, failure = {}, None
+        try:
+            extra = after(index + 1) if after is not None else {}
+        except (UserError, OSError) as error:  # of an evaluation: the step itself is done
+            failure = error
         seconds = time.perf_counter() - begin
         row = context.metrics.write(
             stage, index + 1, result.metrics | extra, seconds=seconds, timings=context.timer.take()
@@ -293,16 +309,39 @@ def run_steps(
         skipped = 0 if result.finite else skipped + 1
         if not result.finite:
             _keep_bad_batch(context, stage, index + 1, result.batch, skipped)
+        if failure is not None:
+            _rescue(context, stage, index + 1, state, seconds, skipped, checkpoint.capture_rng())
+            raise failure
         if index + 1 < steps:
             stop = distributed.any_rank(context.stop.requested)
             if stop or (checkpoint_every and (index + 1) % checkpoint_every == 0):
-                _save(context, stage, index + 1, state, seconds, skipped)
+                _save(context, stage, index + 1, state, seconds, skipped, checkpoint.capture_rng())
+                kept = index + 1
             if stop:
                 raise Interrupted
     context.progress.finish()
 
 
-def _save(context: Context, stage: Stage, step: int, state: StageState, seconds: float, skipped: int) -> None:
+def _rescue(context: Context, stage: Stage, step: int, *rest: Any) -> None:
+    """Save the last finished step before a failure ends the run. Several processes cannot: one has left the others."""
+    if distributed.world() > 1:
+        return
+    try:
+        _save(context, stage, step, *rest)
+    except UserError:
+        return  # a full disk, say; what ends the run is the first failure
+    context.progress.say(f"{stage}: {step} steps are saved")
+
+
+def _save(
+    context: Context,
+    stage: Stage,
+    step: int,
+    state: StageState,
+    seconds: float,
+    skipped: int,
+    generators: Mapping[str, torch.Tensor],
+) -> None:
     with context.timer.phase("checkpoint"):
         tensors, rest = state.optimizers.pack()
         checkpoint.save(
@@ -310,7 +349,7 @@ def _save(context: Context, stage: Stage, step: int, state: StageState, seconds:
             step,
             model=state.model,
             tokenizer=state.tokenizer,
-            tensors=tensors | checkpoint.capture_rng(),
+            tensors=tensors | generators,
             state={"optimizers": rest, "extra": state.extra, "seconds": seconds, "skipped": skipped},
             keep_last=context.config.rl.keep_checkpoints,
         )

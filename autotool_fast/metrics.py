@@ -30,6 +30,7 @@ class MetricsWriter:
     """Appends rows to a JSON-lines file; use `open` to continue a file that an earlier process wrote."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = path.open("a", encoding="utf-8")
 
     @classmethod
@@ -65,13 +66,17 @@ class MetricsWriter:
 
         Returns:
             The row as written.
+
+        Raises:
+            OSError: naming the file.
         """
         assert not {"stage", "step", "seconds"} & metrics.keys()
         row = {"stage": stage, "step": step, "seconds": _plain(seconds)}
         row |= {f"time/{phase}": _plain(ms) for phase, ms in sorted((timings or {}).items())}
         row |= {name: _plain(value) for name, value in sorted(metrics.items())}
-        self._file.write(_line(row))
-        self._file.flush()
+        with files.naming(self.path):
+            self._file.write(_line(row))
+            self._file.flush()
         return row
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from autotool_fast.chat import MODES, ChatFormat, chat_format
 from autotool_fast.checkpoint import no_progress_bars
 from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
-from autotool_fast.errors import UserError
+from autotool_fast.errors import UserError, cannot_write
 from autotool_fast.loop import Context, StageState, StepResult, make_optimizers, run_steps, trapezoid
 from autotool_fast.policy import recompute_activations
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
@@ -128,11 +128,15 @@ class Pipeline:
         folder = self.run.model(name)
         beside = folder.with_name(f".{name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        with no_progress_bars():
-            model.save_pretrained(beside)
-            self.tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        try:
+            with no_progress_bars():
+                model.save_pretrained(beside)
+                self.tokenizer.save_pretrained(beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise cannot_write(error, folder) from error
 
     def models(self) -> list[str]:
         """Names of the models the run has, in the order of the stages that make them."""
