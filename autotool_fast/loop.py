@@ -330,7 +330,7 @@ def _rescue(context: Context, stage: Stage, step: int, *rest: Any) -> None:
         _save(context, stage, step, *rest)
     except UserError:
         return  # a full disk, say; what ends the run is the first failure
-    context.progress.say(f"{stage}: {step} steps are saved")
+    context.progress.say(f"{stage}: saved after step {step}")
 
 
 def _save(

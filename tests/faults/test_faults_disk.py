@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import resource
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -89,11 +86,9 @@ def fill(folder: Path) -> Path:
     path = folder / "filler"
     with path.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+            with suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
     return path
 
 
@@ -224,19 +219,9 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(whole):
 
 
 def test_an_evaluation_names_the_file_it_could_not_write_and_continues(tmp_path, capsys):
-    argv = ["--benchmark", "apibank", "--apibank", str(STAND_INS / "apibank"), "--policy", "oracle", "--out", str(tmp_path / "eval")]
+    argv = ["--benchmark", "apibank", "--apibank", str(STAND_INS / "apibank"), "--policy", "oracle"]
+    argv += ["--out", str(tmp_path / "eval")]
     with largest_file(700):
         assert eval_main(argv) == 2
     assert "cannot be read or written (File too large); free some space" in last_line(capsys)
     assert eval_main(argv) == 0
-
-
-def test_the_limit_is_that_of_real_writes(tmp_path):
-    """What stands in for a full disk reaches native code as well."""
-    code = "import sys; open(sys.argv[1], 'wb').write(bytes(100))"
-    with largest_file(50):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, text=True, check=False
-        )
-    assert done.returncode == 1
-    assert os.strerror(errno.EFBIG) in done.stderr
