@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autotool_fast import distributed, files
-from autotool_fast.errors import UserError
+from autotool_fast.errors import UserError, cannot_write
 
 if TYPE_CHECKING:
     import torch
@@ -123,9 +123,7 @@ def save(
             tensors = _save_sharded(temporary / SHARDED, tensors)
         distributed.on_main(finish)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        remedy = "free some space or check the permissions, then continue with --resume"
-        raise UserError(f"cannot be written ({reason})", where=str(final), remedy=remedy) from error
+        raise cannot_write(error, final) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if distributed.is_main():

@@ -22,6 +22,7 @@ Stage = Literal["base", "label", "warmup", "distill", "refine", "rl", "eval"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Arm = Literal["none", "fixed", "adaptive", "decoupled-fixed", "decoupled"]
 Start = Literal["cold", "noisy", "clean"]
+OptimizerKind = Literal["adamw", "adamw-8bit", "offload"]
 Family = Literal["set", "parallel", "irrelevant", "missing", "hop", "reg", "cups", "chain"]
 LabelRule = Literal["any", "threshold"]
 Dialogues = Literal["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
@@ -144,6 +145,17 @@ class LoraConfig(Section):
     """Rank of the adapters of every linear layer but the head; 0: all weights are trained."""
     alpha: float = number(32.0, above=0.0)
     """Scale: the addition is multiplied by alpha / rank."""
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """Memory of the optimizer, in every stage that trains."""
+
+    section: ClassVar[str] = "optim"
+
+    kind: OptimizerKind = "adamw"
+    """adamw: float32 moments; adamw-8bit: 8-bit ones, a quarter of the memory (needs torchao); offload: moments,
+    gradients and float32 copies in the machine's memory instead of the GPU's, slower steps, one process."""
 
 
 @dataclass(frozen=True)
@@ -428,6 +440,10 @@ class TrainConfig(Section):
     """Replace the run in the run folder."""
     dry_run: bool = False
     """Check the settings, print the plan and stop."""
+    profile: bool = False
+    """Write a trace of a few steps of each stage and a table of where its time goes into the run's profile/."""
+    profile_steps: int = number(1, low=1)
+    """Steps in the trace of a stage, after the first two."""
     threads: int = number(1, low=1)
     """CPU threads per process."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -437,6 +453,7 @@ class TrainConfig(Section):
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
@@ -463,6 +480,9 @@ class TrainConfig(Section):
         able = self.model.attention in ("auto", "sdpa") or (self.device == "cuda" and self.model.dtype == "bfloat16")
         remedy = "add --device cuda --model.dtype bfloat16, or use auto"
         self.require(able, "model.attention", f"{self.model.attention} needs a GPU and 16-bit weights", remedy)
+        able = self.device == "cuda" or self.optim.kind != "offload"
+        remedy = "add --device cuda, or use adamw-8bit"
+        self.require(able, "optim.kind", "offload moves state away from a GPU, and there is none", remedy)
         self._check_environment()
         budget = self.rollout.max_new_tokens
         fits = budget < self.model.max_positions

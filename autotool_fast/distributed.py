@@ -1,22 +1,30 @@
 """Several processes under torchrun: who this one is, what they exchange, how they start, end and fail together.
 
 Guarantees: in one process every function is a no-op that loads no torch; only rank 0 speaks and writes; a process that
-fails says why once, and ends the job instead of leaving the others waiting. Collectives (all but `rank`, `world`,
-`is_main` and `fail`) must be called by every rank, in the same order. Sharding the model is left to `sharding`, the
-launch and the killing of what is left after a failure to torchrun.
+fails says why once, and ends the job instead of leaving the others waiting; one that is killed is named by another of
+the same machine. Collectives (all but `rank`, `world`, `is_main`, `lost` and `fail`) must be called by every rank, in
+the same order. Sharding the model is left to `sharding`, the launch and the killing of what is left after a failure to
+torchrun.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import select
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from autotool_fast.errors import Interrupted, UserError
+from autotool_fast.metrics import phase
 
 T = TypeVar("T")
 
@@ -25,7 +33,14 @@ TIMEOUT = timedelta(days=1)
 FOLLOWER_DELAY = 5.0
 """Seconds that another rank leaves rank 0 to report a problem that all of them have found."""
 
+LOOK_EVERY = 0.5
+"""Seconds between looks at the other ranks."""
+PATIENCE = 2.0
+"""Seconds in which a rank whose connections broke is seen to be gone."""
+
 _store: Any = None
+_peers: list[tuple[str, int]] = []  # machine and process of each rank
+_failing = threading.Lock()
 
 
 def rank() -> int:
@@ -50,8 +65,13 @@ def silence() -> None:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[None]:
+def processes(device: str, remedy: str = "start the job again") -> Iterator[None]:
     """Connect the ranks for the length of the block: gloo between CPUs, NCCL between GPUs, one GPU for each rank.
+
+    A rank that vanishes meanwhile, and a SIGTERM, end this process within seconds, whatever it waits for.
+
+    Args:
+        remedy: what to do about that, one clause.
 
     Raises:
         UserError: a machine has fewer GPUs than processes.
@@ -72,8 +92,73 @@ def processes(device: str) -> Iterator[None]:
     _store, number, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=TIMEOUT)
+    _peers[:] = gather((_machine(), os.getpid()))
+    done = _watch(remedy)
     yield
+    done.set()  # from here on a rank that is gone has finished
     barrier()
+
+
+def _watch(remedy: str) -> threading.Event:
+    """Look after the other ranks, in a thread of its own, until the event is set.
+
+    A signal is noticed through the wakeup descriptor: its Python handler would wait until the main thread comes back
+    from a collective. torchrun sends SIGTERM to the ranks that are left.
+    """
+    done = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def look() -> None:
+        while not done.is_set():
+            readable, _, _ = select.select([reader], [], [], LOOK_EVERY)
+            told = bool(readable) and signal.SIGTERM in os.read(reader, 256)
+            reason = lost(PATIENCE if told else 0.0)
+            if done.is_set():
+                return
+            if reason:
+                fail(f"error: {reason}; {remedy}", 1)
+            elif told:
+                fail(f"error: told to end (SIGTERM), or a rank on another machine is gone; {remedy}", 143)
+
+    threading.Thread(target=look, daemon=True).start()
+    return done
+
+
+def lost(patience: float) -> str | None:
+    """Which rank of this machine has vanished, looking for up to `patience` seconds; None if all are there."""
+    end = time.monotonic() + patience
+    while True:
+        for number, (machine, process) in enumerate(_peers):
+            if machine == _machine() and not _lives(process):
+                return f"rank {number} (process {process}) is gone: it was killed or crashed, or memory ran out"
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.05)
+
+
+@cache
+def _machine() -> str:
+    """What processes that can see one another's numbers have in common."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with suppress(OSError):  # where there is /proc: one that has ended and was not waited for does not live
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return True
 
 
 def leave(code: int) -> int:
@@ -95,12 +180,13 @@ def fail(message: str, code: int) -> int:
     if world() == 1:
         print(message, file=sys.stderr)
         return code
+    _failing.acquire()  # for good: the thread that is first here ends the process
+    first = True
     if _store is not None:
-        first = _store.add("autotool_fast/failures", 1) == 1
-    else:
-        first = True
-        if not is_main():
-            time.sleep(FOLLOWER_DELAY)
+        with suppress(RuntimeError):  # without the launcher there is nobody to agree with
+            first = _store.add("autotool_fast/failures", 1) == 1
+    elif not is_main():
+        time.sleep(FOLLOWER_DELAY)
     if first:
         print(message if is_main() else f"rank {rank()}: {message}", file=sys.__stderr__, flush=True)
     return leave(code)  # not by closing the process group, which would wait for ranks that wait for this one
@@ -118,7 +204,8 @@ def gather(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value)
+    with phase("sync"):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -134,7 +221,8 @@ def on_main(work: Callable[[], T]) -> T:
     import torch.distributed as dist
 
     box = [work() if is_main() else None]
-    dist.broadcast_object_list(box)
+    with phase("sync"):
+        dist.broadcast_object_list(box)
     return box[0]  # type: ignore[return-value]
 
 

@@ -28,5 +28,12 @@ class UserError(Exception):
         return " ".join(line.splitlines())  # reasons taken over from libraries may have several
 
 
+def cannot_write(error: Exception, where: object) -> UserError:
+    """For a disk that is full, or a folder that is not to be written: what went wrong at `where`."""
+    reason = getattr(error, "strerror", None) or error
+    remedy = "free some space or check the permissions, then repeat the command with --resume"
+    return UserError(f"cannot be written ({reason})", where=str(where), remedy=remedy)
+
+
 class Interrupted(Exception):
     """The user pressed Ctrl-C and the stage has saved what it had."""

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError of the block name `path`; one from writing to an open file names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:
@@ -18,15 +30,21 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` atomically with `text` in UTF-8."""
+    """Replace `path` atomically with `text` in UTF-8.
+
+    Raises:
+        OSError: naming `path`; what it held is untouched.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        sync(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync(path.parent)
+    with naming(path):
+        try:
+            beside.write_text(text, encoding="utf-8")
+            sync(beside)
+            os.replace(beside, path)
+        finally:
+            with suppress(OSError):  # a folder that cannot be written has said so
+                beside.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from autotool_fast.chat import parse_reply
 from autotool_fast.errors import Interrupted
 from autotool_fast.eval.harness import fingerprint
 from autotool_fast.labeling import Outcome, label, label_table
+from autotool_fast.metrics import phase
 from autotool_fast.partial import PartialResults
 from autotool_fast.rollout.ranks import rollout_over_ranks
 from autotool_fast.rollout.records import Trajectory
@@ -73,18 +74,19 @@ def label_prompts(p: Pipeline) -> dict[str, Any]:
 
             # A stop at the very end of a part waits until the part is kept.
             def sample(first: int = first, part: Sequence[Task] = part, before: int = before) -> list[Any]:
-                trajectories = rollout_over_ranks(
-                    engine(),
-                    part,
-                    chat=p.chat,
-                    group_size=config.k,
-                    seed=p.config.seed,
-                    step=number,
-                    groups=range(first, first + len(part)),
-                    mode=mode,
-                    limits=p.limits,
-                    on_progress=lambda done, total: sampled(before + done) if done < total else None,
-                )
+                with p.context.timer.phase("rollout"):
+                    trajectories = rollout_over_ranks(
+                        engine(),
+                        part,
+                        chat=p.chat,
+                        group_size=config.k,
+                        seed=p.config.seed,
+                        step=number,
+                        groups=range(first, first + len(part)),
+                        mode=mode,
+                        limits=p.limits,
+                        on_progress=lambda done, total: sampled(before + done) if done < total else None,
+                    )
                 return [read(trajectories[i : i + config.k]) for i in range(0, len(trajectories), config.k)]
 
             values += kept.part(f"{mode}/{first}-{first + len(part)}", sample)
@@ -142,7 +144,8 @@ def _taught(
         except Interrupted:
             return None
 
-    lessons = distributed.on_main(teach)
+    with phase("rollout"):
+        lessons = distributed.on_main(teach)
     if lessons is None:
         raise Interrupted
     return lessons

@@ -1,7 +1,8 @@
 """The loop under every training stage: steps, metrics, checkpoints, interruption.
 
 Guarantees: Ctrl-C takes effect between two steps, after a checkpoint; a resumed stage continues from its newest
-verified checkpoint as if it had not stopped; a step whose loss or gradient is not finite changes nothing, its batch is
+verified checkpoint as if it had not stopped; one whose step fails (a server that stopped answering) saves the steps
+before it; a step whose loss or gradient is not finite changes nothing, its batch is
 kept, and three in a row end the run. What a step does, and saving the finished model, is the stage's business.
 """
 
@@ -22,7 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autotool_fast import checkpoint, distributed, files
-from autotool_fast.config import Stage, TrainConfig
+from autotool_fast.config import OptimizerKind, Stage, TrainConfig
 from autotool_fast.errors import Interrupted, UserError
 from autotool_fast.metrics import MetricsWriter, Progress, Row, Timer
 from autotool_fast.runs import RunFolder
@@ -30,7 +31,10 @@ from autotool_fast.runs import RunFolder
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from autotool_fast.profiling import Profiler
+
 MAX_SKIPPED = 3
+BETAS = (0.9, 0.95)
 
 
 class StopFlag:
@@ -73,13 +77,16 @@ class Context:
     progress: Progress
     stop: StopFlag
     timer: Timer = field(default_factory=Timer)
+    profiler: Profiler | None = None
 
 
 class Optimizers:
     """One or several torch optimizers over disjoint parameters, stepped together.
 
     Parameters in low precision are updated through float32 copies, which also sum their gradients over micro-batches:
-    a relative change below 2^-9 would be lost in bfloat16, and updates are smaller.
+    a relative change below 2^-9 would be lost in bfloat16, and updates are smaller. Offloaded, every parameter has
+    such a copy in the machine's memory, where gradients are summed and moments kept: each micro-batch sends its
+    gradients there, each step the weights back.
 
     Args:
         model: its parameters are split by shape; kept as `trained`.
@@ -87,15 +94,25 @@ class Optimizers:
         weight_decay: decoupled.
         matrix: "adamw" for AdamW on everything, "muon" for Muon on the decoder's weight matrices and AdamW on the rest
             (embeddings, norms). Muon's update is scaled to AdamW's root mean square, so one `lr` serves both.
+        kind: AdamW's moments: "adamw" in float32, "adamw-8bit" in 8 bits (see `lowbit`), "offload" off the device.
     """
 
     mesh: DeviceMesh | None = None
     """The ranks that share the state out, if it is sharded."""
 
-    def __init__(self, model: torch.nn.Module, *, lr: float, weight_decay: float, matrix: str = "adamw") -> None:
-        self.trained = model
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        lr: float,
+        weight_decay: float,
+        matrix: str = "adamw",
+        kind: OptimizerKind = "adamw",
+    ) -> None:
+        self.trained, self.kind = model, kind
+        self.updates = 0  # begun by this object
         self._copies: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []  # (parameter, its float32 copy)
-        named = [(name, self._float32(p)) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(name, self._held(p)) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
         if matrix == "adamw":
             matrices = []
@@ -103,21 +120,30 @@ class Optimizers:
         rest = [p for _, p in named if id(p) not in chosen]
         self.parameters = [p for _, p in named]
         self.lr = lr
-        self.members: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-        ]
+        self.members: list[torch.optim.Optimizer] = [self._adamw(rest, lr, weight_decay)]
         if matrices:
             muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             self.members.append(muon)
 
-    def _float32(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """What the optimizer holds for a parameter: itself, or a float32 copy that takes over its gradients."""
-        if parameter.dtype in (torch.float32, torch.float64):
+    def _adamw(self, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        if self.kind == "adamw-8bit":
+            from autotool_fast.lowbit import adamw_8bit
+
+            return adamw_8bit(parameters, lr=lr, betas=BETAS, weight_decay=weight_decay)
+        fused = True if self.kind == "offload" else None  # on a CPU much faster than the default
+        return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=fused)
+
+    def _held(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        """What the optimizer holds for a parameter: itself, or a copy that takes over its gradients."""
+        full = parameter.dtype in (torch.float32, torch.float64)
+        if full and self.kind != "offload":
             return parameter
-        copy = torch.nn.Parameter(parameter.detach().float())
+        device = "cpu" if self.kind == "offload" else parameter.device
+        dtype = parameter.dtype if full else torch.float32
+        copy = torch.nn.Parameter(parameter.detach().to(device, dtype, copy=True))
 
         def take(parameter: torch.nn.Parameter) -> None:
-            gradient = parameter.grad.float()
+            gradient = parameter.grad.to(copy)
             copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
             parameter.grad = None
 
@@ -133,10 +159,14 @@ class Optimizers:
         """
         norm = self._clip(max_norm)
         finite = all(map(math.isfinite, (norm, *measured)))
+        self.updates += finite
         for optimizer in self.members:
             if finite:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.lr * scale
+                    if isinstance(group["lr"], torch.Tensor):
+                        group["lr"].fill_(self.lr * scale)
+                    else:
+                        group["lr"] = self.lr * scale
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if finite:
@@ -153,26 +183,40 @@ class Optimizers:
         tensors, rest = {}, []
         for i, optimizer in enumerate(self.members):
             more, state = checkpoint.pack_optimizer(optimizer, f"optimizer{i}")
+            if self.kind == "adamw-8bit" and i == 0:
+                from autotool_fast import lowbit
+
+                more = lowbit.flatten(more)
             tensors |= more
             rest.append(state)
         tensors |= {f"float32/{i}": copy.detach() for i, (_, copy) in enumerate(self._copies)}
         return tensors, rest
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], rest: Sequence[Any]) -> None:
-        """Restore what `pack` took."""
+        """Restore what `pack` took.
+
+        Raises:
+            UserError: 8-bit state of another number of processes.
+        """
         for i, optimizer in enumerate(self.members):
-            checkpoint.unpack_optimizer(optimizer, tensors, rest[i], f"optimizer{i}")
+            mine = {name: t for name, t in tensors.items() if name.startswith(f"optimizer{i}/")}
+            if self.kind == "adamw-8bit" and i == 0:
+                from autotool_fast import lowbit
+
+                mine = lowbit.restore(mine, optimizer.param_groups[0]["params"], self.mesh)
+            checkpoint.unpack_optimizer(optimizer, mine, rest[i], f"optimizer{i}")
         with torch.no_grad():
             for i, (_, copy) in enumerate(self._copies):
                 copy.copy_(tensors[f"float32/{i}"])
 
 
-def make_optimizers(model: PreTrainedModel, *, lr: float, weight_decay: float, matrix: str = "adamw") -> Optimizers:
-    """`Optimizers` over the model, or in several processes over shards of it."""
-    kind: type[Optimizers] = Optimizers
+def make_optimizers(model: PreTrainedModel, **options: Any) -> Optimizers:
+    """`Optimizers` with these options over the model, or in several processes over shards of it."""
     if distributed.world() > 1:
-        from autotool_fast.sharding import ShardedOptimizers as kind
-    return kind(model, lr=lr, weight_decay=weight_decay, matrix=matrix)
+        from autotool_fast.sharding import ShardedOptimizers
+
+        return ShardedOptimizers(model, **options)
+    return Optimizers(model, **options)
 
 
 def trapezoid(step: int, steps: int, warmup: int, decay: float = 0.3, floor: float = 0.02) -> float:
@@ -224,11 +268,13 @@ def run_steps(
         checkpoint_every: steps between checkpoints; 0 for none but the one at an interruption.
         after: called with the number of finished steps; its metrics join the step's row (interim evaluations).
 
-    A stop asked for during the last step is left to the caller, who has the finished model to save first.
+    A stop asked for during the last step is left to the caller, who has the finished model to save first. A step that
+    fails before its update must have changed nothing else: the steps before it are saved then. One whose evaluation
+    fails keeps its row, without the evaluation.
 
     Raises:
         Interrupted: after a checkpoint, when the user asked to stop.
-        UserError: when three steps in a row were not finite.
+        UserError: when three steps in a row were not finite; what a step or `after` raises.
     """
     folder = context.run.checkpoints(stage)
     found = None
@@ -239,10 +285,22 @@ def run_steps(
     context.metrics = open_metrics(context.run, lambda row: row["stage"] != stage or row["step"] <= first)
     context.progress.start(stage, steps, first, every_step=True)
     context.timer.take()
-    begin = time.perf_counter() - elapsed
-    for index in range(first, steps):
-        result = step(index)
-        extra = after(index + 1) if after is not None else {}
+    begin, seconds = time.perf_counter() - elapsed, elapsed
+    kept = first
+    indices = range(first, steps)
+    for index in context.profiler.steps(indices) if context.profiler else indices:
+        generators, updates = checkpoint.capture_rng(), state.optimizers.updates
+        try:
+            result = step(index)
+        except (UserError, OSError):
+            if kept < index and updates == state.optimizers.updates:
+                _rescue(context, stage, index, state, seconds, skipped, generators)
+            raise
+        extra, failure = {}, None
+        try:
+            extra = after(index + 1) if after is not None else {}
+        except (UserError, OSError) as error:  # of an evaluation: the step itself is done
+            failure = error
         seconds = time.perf_counter() - begin
         row = context.metrics.write(
             stage, index + 1, result.metrics | extra, seconds=seconds, timings=context.timer.take()
@@ -251,24 +309,47 @@ def run_steps(
         skipped = 0 if result.finite else skipped + 1
         if not result.finite:
             _keep_bad_batch(context, stage, index + 1, result.batch, skipped)
+        if failure is not None:
+            _rescue(context, stage, index + 1, state, seconds, skipped, checkpoint.capture_rng())
+            raise failure
         if index + 1 < steps:
             stop = distributed.any_rank(context.stop.requested)
             if stop or (checkpoint_every and (index + 1) % checkpoint_every == 0):
-                _save(context, stage, index + 1, state, seconds, skipped)
+                _save(context, stage, index + 1, state, seconds, skipped, checkpoint.capture_rng())
+                kept = index + 1
             if stop:
                 raise Interrupted
     context.progress.finish()
 
 
-def _save(context: Context, stage: Stage, step: int, state: StageState, seconds: float, skipped: int) -> None:
-    tensors, rest = state.optimizers.pack()
+def _rescue(context: Context, stage: Stage, step: int, *rest: Any) -> None:
+    """Save the last finished step before a failure ends the run. Several processes cannot: one has left the others."""
+    if distributed.world() > 1:
+        return
+    try:
+        _save(context, stage, step, *rest)
+    except UserError:
+        return  # a full disk, say; what ends the run is the first failure
+    context.progress.say(f"{stage}: saved after step {step}")
+
+
+def _save(
+    context: Context,
+    stage: Stage,
+    step: int,
+    state: StageState,
+    seconds: float,
+    skipped: int,
+    generators: Mapping[str, torch.Tensor],
+) -> None:
     with context.timer.phase("checkpoint"):
+        tensors, rest = state.optimizers.pack()
         checkpoint.save(
             context.run.checkpoints(stage),
             step,
             model=state.model,
             tokenizer=state.tokenizer,
-            tensors=tensors | checkpoint.capture_rng(),
+            tensors=tensors | generators,
             state={"optimizers": rest, "extra": state.extra, "seconds": seconds, "skipped": skipped},
             keep_last=context.config.rl.keep_checkpoints,
         )

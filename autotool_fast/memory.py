@@ -1,8 +1,8 @@
 """What a run will take of the device's memory, estimated from the model's shape before any weight is loaded.
 
-Exact for weights, optimizer and key-value cache (they are sums of sizes); activations are an estimate for decoders of
-Llama's kind. Nothing is downloaded: a model whose config.json is not on this machine has no estimate, unless a preset
-names it.
+Exact for weights, optimizer and key-value cache (they are sums of sizes; 8-bit moments up to the small tensors that
+stay float32); activations are an estimate for decoders of Llama's kind. Nothing is downloaded: a model whose
+config.json is not on this machine has no estimate, unless a preset names it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from autotool_fast.config import TrainConfig
 from autotool_fast.errors import UserError
 
 GIB = 1 << 30
+MOMENT_BYTES_8BIT = 2 * (1 + 4 / 256)
+"""Bytes per parameter of Adam's two 8-bit moments, a float32 scale for every 256 numbers included."""
 QWEN = {"num_hidden_layers": 28, "vocab_size": 151936, "tie_word_embeddings": True}
 KNOWN: dict[str, tuple[str, dict[str, object]]] = {
     "Qwen/Qwen2.5-7B-Instruct": (
@@ -94,7 +96,8 @@ def estimate(shape: Shape, config: TrainConfig, ranks: int = 1) -> dict[str, int
     """Bytes by what holds them, at the peak of an RL step, in each of `ranks` processes.
 
     Of several processes each has the whole model and a share of its trained copy; the layers that it gathers from the
-    others for a moment are left out.
+    others for a moment are left out. An offloaded optimizer leaves one gradient at a time on the device, the largest
+    that of the embeddings; what it takes elsewhere is `offloaded`'s.
     """
     low = config.model.dtype == "bfloat16"
     width = 2 if low else 4
@@ -107,15 +110,23 @@ def estimate(shape: Shape, config: TrainConfig, ranks: int = 1) -> dict[str, int
     layer, rows = kept * width + 3 * shape.hidden * 4, shape.hidden * width
     saved = shape.layers * rows + layer if config.model.gradient_checkpointing else shape.layers * layer
     tokens = max(config.rl.micro_tokens, config.model.max_positions)
+    away = config.optim.kind == "offload"
+    moments = MOMENT_BYTES_8BIT if config.optim.kind == "adamw-8bit" else 8.0
     return {
         "weights": (shape.parameters + (trained if rank else 0)) * width,
-        "float32 copies": trained * 4 if low and ranks == 1 else 0,
+        "float32 copies": trained * 4 if low and ranks == 1 and not away else 0,
         "shards": (trained * 4 + (shape.parameters * width if rank else 0)) // ranks if ranks > 1 else 0,
-        "gradients": trained * 4 // ranks,
-        "Adam": trained * 8 // ranks,
+        "gradients": min(trained, shape.vocab * shape.hidden) * width if away else trained * 4 // ranks,
+        "Adam": 0 if away else int(trained * moments) // ranks,
         "key-value cache": cached * rollout.slots * config.model.max_positions * width,
         "activations": tokens * saved + rollout.slots * shape.vocab * 4,
     }
+
+
+def offloaded(shape: Shape, config: TrainConfig) -> int:
+    """Bytes of the machine's memory that an offloaded optimizer takes: float32 copies, gradients and two moments."""
+    trained = shape.adapter * config.lora.rank if config.lora.rank else shape.parameters
+    return 16 * trained if config.optim.kind == "offload" else 0
 
 
 def describe(config: TrainConfig) -> str:
@@ -136,10 +147,15 @@ def describe(config: TrainConfig) -> str:
     detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     each = " in each process" if ranks > 1 else ""
     line = f"about {_size(total)}{each} for {shape.parameters / 1e9:.3g} B parameters ({detail})"
+    if away := offloaded(shape, config):
+        line += f", and {_size(away)} of the machine's memory for the optimizer"
     room = device_memory(config.device)
     if room is None or total <= room:
         return line
-    advice = "lower rollout.slots or rl.micro_tokens" if config.lora.rank else "train an adapter with --lora.rank 32"
+    if config.lora.rank:
+        advice = "lower rollout.slots or rl.micro_tokens, or recompute with --model.gradient-checkpointing"
+    else:
+        advice = "train an adapter with --lora.rank 32, or see --optim.kind"
     return f"{line}; the {config.device} device has {_size(room)}: {advice}"
 
 

@@ -12,7 +12,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +30,7 @@ class MetricsWriter:
     """Appends rows to a JSON-lines file; use `open` to continue a file that an earlier process wrote."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = path.open("a", encoding="utf-8")
 
     @classmethod
@@ -64,13 +66,17 @@ class MetricsWriter:
 
         Returns:
             The row as written.
+
+        Raises:
+            OSError: naming the file.
         """
         assert not {"stage", "step", "seconds"} & metrics.keys()
         row = {"stage": stage, "step": step, "seconds": _plain(seconds)}
         row |= {f"time/{phase}": _plain(ms) for phase, ms in sorted((timings or {}).items())}
         row |= {name: _plain(value) for name, value in sorted(metrics.items())}
-        self._file.write(_line(row))
-        self._file.flush()
+        with files.naming(self.path):
+            self._file.write(_line(row))
+            self._file.flush()
         return row
 
     def close(self) -> None:
@@ -122,26 +128,66 @@ def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+Phase = tuple[str, ...]
+"""Names from the outermost phase to the innermost."""
+
+_current: ContextVar[Timer | None] = ContextVar("timer", default=None)
+
+
 class Timer:
-    """Adds up the wall time of named phases, in milliseconds."""
+    """Adds up the wall time of named phases. They nest, and a moment counts once: for the innermost phase it is in.
+
+    Args:
+        clock: seconds, monotonic.
+
+    `clock` and `annotate`, entered with the name of each phase, may be replaced between phases.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+        self.clock = clock
+        self.annotate: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        self.totals: dict[Phase, tuple[int, float]] = {}
+        """Calls and own seconds of each phase since the timer was made."""
         self._ms: dict[str, float] = {}
+        self._path: Phase = ()
+        self._inside = 0.0  # seconds of the finished phases directly inside the current one
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the block, also when it raises; repeated phases add up."""
-        begin = self._clock()
+        outer, beside = self._path, self._inside
+        self._path, self._inside = (*outer, name), 0.0
+        begin = self.clock()
         try:
-            yield
+            with self.annotate(name):
+                yield
         finally:
-            self._ms[name] = self._ms.get(name, 0.0) + 1e3 * (self._clock() - begin)
+            seconds = self.clock() - begin
+            own = seconds - self._inside
+            calls, total = self.totals.get(self._path, (0, 0.0))
+            self.totals[self._path] = (calls + 1, total + own)
+            self._ms[name] = self._ms.get(name, 0.0) + 1e3 * own
+            self._path, self._inside = outer, beside + seconds
 
     def take(self) -> dict[str, float]:
-        """Milliseconds per phase since the last call."""
+        """Milliseconds per name of a phase, wherever it was, since the last call."""
         taken, self._ms = self._ms, {}
         return taken
+
+    @contextmanager
+    def current(self) -> Iterator[Timer]:
+        """Have `phase` of this module report here inside the block."""
+        token = _current.set(self)
+        try:
+            yield self
+        finally:
+            _current.reset(token)
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """A phase of the timer in use; without one it times nothing. For code that is not handed a timer."""
+    timer = _current.get()
+    return nullcontext() if timer is None else timer.phase(name)
 
 
 class Progress:

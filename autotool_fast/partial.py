@@ -73,10 +73,11 @@ class PartialResults:
     def _append(self, line: str) -> None:
         if not self._path.exists():
             files.write_text(self._path, json.dumps(self._head) + "\n")
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-        files.sync(self._path)
+        with files.naming(self._path):
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+            files.sync(self._path)
 
     def remove(self) -> None:
         """Delete the file."""

@@ -20,7 +20,7 @@ from autotool_fast.chat import MODES, ChatFormat, chat_format
 from autotool_fast.checkpoint import no_progress_bars
 from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
-from autotool_fast.errors import UserError
+from autotool_fast.errors import UserError, cannot_write
 from autotool_fast.loop import Context, StageState, StepResult, make_optimizers, run_steps, trapezoid
 from autotool_fast.policy import recompute_activations
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
@@ -123,7 +123,8 @@ class Pipeline:
 
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Export a model as a Hugging Face folder, which is whole or absent; an adapter is merged into it first."""
-        distributed.on_main(lambda: self._save(model, name))
+        with self.context.timer.phase("checkpoint"):
+            distributed.on_main(lambda: self._save(model, name))
 
     def _save(self, model: PreTrainedModel, name: str) -> None:
         if adapters.present(model):
@@ -131,11 +132,15 @@ class Pipeline:
         folder = self.run.model(name)
         beside = folder.with_name(f".{name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        with no_progress_bars():
-            model.save_pretrained(beside)
-            self.tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        try:
+            with no_progress_bars():
+                model.save_pretrained(beside)
+                self.tokenizer.save_pretrained(beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise cannot_write(error, folder) from error
 
     def models(self) -> list[str]:
         """Names of the models the run has, in the order of the stages that make them."""
@@ -171,14 +176,16 @@ class Pipeline:
     ) -> None:
         """Fine-tune `model` on `batch(step)`, with a trapezoidal learning rate, and save it."""
         steps = config.steps if steps is None else steps
-        optimizers = make_optimizers(model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix)
+        kind = self.config.optim.kind
+        optimizers = make_optimizers(
+            model, lr=config.lr, weight_decay=config.weight_decay, matrix=matrix, kind=kind
+        )
         timer = self.context.timer
 
         def step(index: int) -> StepResult:
             with timer.phase("data"):
                 demos = batch(index)
-            with timer.phase("backward"):
-                loss = sft_backward(optimizers.trained, demos, attention=self.config.model.attention)
+            loss = sft_backward(optimizers.trained, demos, attention=self.config.model.attention)
             with timer.phase("optimizer"):
                 scale = trapezoid(index, steps, config.warmup_steps)
                 norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))

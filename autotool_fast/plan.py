@@ -9,7 +9,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from autotool_fast import memory
+from autotool_fast import distributed, memory
 from autotool_fast.config import FLASH_MODULES, Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.tasks.world import World
@@ -25,8 +25,9 @@ def check(config: TrainConfig) -> None:
 
     Raises:
         UserError: no task can be drawn; the environment's package is missing; there is no GPU or no rollout server (a
-            dry run needs neither), or no peft where one is asked for; a stage of a new run needs one that is not run;
-            `base.reuse` holds no model, or is about to be removed by --overwrite.
+            dry run needs neither), or no peft or torchao where one is asked for; several processes are to offload; a
+            stage of a new run needs one that is not run; `base.reuse` holds no model, or is about to be removed by
+            --overwrite.
     """
     if config.environment.kind == "bfcl":
         from autotool_fast.eval.bfcl import locate
@@ -50,6 +51,12 @@ def check(config: TrainConfig) -> None:
     if config.model.attention == "flash" and not any(map(importlib.util.find_spec, FLASH_MODULES)):
         remedy = 'install it with pip install "autotool_fast[flash]", or use auto'
         raise UserError("flash needs flash-attn", where="model.attention", remedy=remedy)
+    if config.optim.kind == "adamw-8bit" and importlib.util.find_spec("torchao") is None:
+        remedy = 'install it with pip install "autotool_fast[memory]"'
+        raise UserError("adamw-8bit needs torchao", where="optim.kind", remedy=remedy)
+    if config.optim.kind == "offload" and distributed.world() > 1:
+        remedy = "leave torchrun out, or use adamw-8bit; several processes share the optimizer out already"
+        raise UserError("offload works in one process only", where="optim.kind", remedy=remedy)
     if config.device == "cuda" and not config.dry_run:
         import torch  # only a run that asks for a GPU pays for it here
 

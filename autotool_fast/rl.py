@@ -375,6 +375,7 @@ def _as_json(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def policy_optimizers(config: RLConfig, model: Any) -> Optimizers:
+def policy_optimizers(config: TrainConfig, model: Any) -> Optimizers:
     """The RL stage's optimizer: AdamW on everything."""
-    return make_optimizers(model, lr=config.lr, weight_decay=config.weight_decay)
+    rl = config.rl
+    return make_optimizers(model, lr=rl.lr, weight_decay=rl.weight_decay, kind=config.optim.kind)

@@ -30,7 +30,7 @@ from autotool_fast.schema import leaf_paths
 FORMAT = "autotool_fast.run/1"
 PACKAGES = ("autotool_fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 MAY_DIFFER_ON_RESUME = frozenset(
-    {"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads"}
+    {"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads", "profile", "profile_steps"}
     | {"rollout.slots", "rollout.prefill_chunk", "rl.micro_tokens", "model.gradient_checkpointing"}
     | {"model.attention", "rl.share_prompts"}
     | {"label.teacher", "label.teacher_model", "rollout.server", "rollout.timeout_s"}

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from autotool_fast import distributed
 from autotool_fast.loop import Optimizers
+from autotool_fast.metrics import phase
 from autotool_fast.policy import PolicyModule
 
 FULL_PRECISION = (torch.float32, torch.float64)
@@ -60,12 +61,14 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PolicyModule:
 class ShardedOptimizers(Optimizers):
     """`Optimizers` over the shards of a model, which is kept equal to them.
 
-    Its state is made of DTensors, under the names that a single process gives to the same state.
+    Its state is made of DTensors, under the names that a single process gives to the same state; 8-bit state has names
+    of its own.
     """
 
-    def __init__(self, model: PreTrainedModel, *, lr: float, weight_decay: float, matrix: str = "adamw") -> None:
+    def __init__(self, model: PreTrainedModel, **options: Any) -> None:
+        assert options.get("kind") != "offload", "plan.check refuses it"
         self.mesh = init_device_mesh(model.device.type, (distributed.world(),))
-        super().__init__(shard(model, self.mesh), lr=lr, weight_decay=weight_decay, matrix=matrix)
+        super().__init__(shard(model, self.mesh), **options)
         pairs = zip(model.parameters(), self.trained.parameters(), strict=True)
         self._pairs = [(whole, part) for whole, part in pairs if whole.requires_grad]
         self._low = [part for whole, part in self._pairs if whole.dtype not in FULL_PRECISION]
@@ -74,7 +77,7 @@ class ShardedOptimizers(Optimizers):
         """As in one process; `measured` must be the same on every rank."""
         norm, finite = super().step(max_norm, scale, measured=measured)
         if finite:
-            with torch.no_grad():
+            with phase("sync"), torch.no_grad():
                 for whole, part in self._pairs:
                     whole.copy_(part.full_tensor())
         return norm, finite

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from autotool_fast.loop import (
 )
 from autotool_fast.metrics import Progress
 from autotool_fast.pipeline import Pipeline, load_model
+from autotool_fast.profiling import Profiler
 from autotool_fast.refine import refine
 from autotool_fast.rl import PolicyTrainer, policy_optimizers, reward_table
 from autotool_fast.rollout.records import Trajectory
@@ -157,7 +158,7 @@ def refine_prompts(p: Pipeline) -> dict[str, Any]:
         _write_json(p.run.path / "refined.json", {"kept": list(range(len(pool))), "report": {}})
         return {"kept": len(pool), "pool": len(pool)}
     model = _start_model(p)
-    state = StageState(model, p.tokenizer, policy_optimizers(rl, model))
+    state = StageState(model, p.tokenizer, policy_optimizers(p.config, model))
     trainer = PolicyTrainer(p.config, state, p.engine(model), p.chat, p.context.timer)
     trainer.start_controller(pool[: rl.prompts_per_step])
     size = rl.prompts_per_step
@@ -219,7 +220,7 @@ def rl(p: Pipeline) -> dict[str, Any]:
     config = p.config.rl
     prompts = _rl_prompts(p)
     model = _start_model(p)
-    state = StageState(model, p.tokenizer, policy_optimizers(config, model))
+    state = StageState(model, p.tokenizer, policy_optimizers(p.config, model))
     engine = p.engine(model)
     trainer = PolicyTrainer(p.config, state, engine, p.chat, p.context.timer)
     held_out = p.problems.held_out(p.config.eval.interim_per_cell, "interim")
@@ -289,17 +290,19 @@ def eval_models(p: Pipeline) -> dict[str, Any]:
                 shown = one_per_cell(trajectories)
                 distributed.on_main(lambda: transcripts.replace("eval", 0, shown, rewards_of(shown, table)))
 
-        models[name] = evaluate(
-            p.engine(p.load(name)),
-            p.chat,
-            tasks,
-            p.weights,
-            limits=p.limits,
-            modes=ALL_MODES,
-            temperature=config.temperature,
-            seed=p.config.seed,
-            on_mode=keep,
-        )
+        engine = p.engine(p.load(name))
+        with p.context.timer.phase("eval"):
+            models[name] = evaluate(
+                engine,
+                p.chat,
+                tasks,
+                p.weights,
+                limits=p.limits,
+                modes=ALL_MODES,
+                temperature=config.temperature,
+                seed=p.config.seed,
+                on_mode=keep,
+            )
         progress.update(number, {f"{name} accuracy": models[name]["auto"]["overall"]["accuracy"]})
     progress.finish()
     results = {
@@ -343,8 +346,10 @@ def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
         try:
             metrics = open_metrics(run, lambda row: True)
             context = Context(config, run, metrics, progress, StopFlag())
+            if config.profile and distributed.is_main():
+                context.profiler = Profiler(context.timer, run.path / "profile", config.profile_steps, config.device)
             try:
-                with context.stop.installed(progress.say):
+                with context.stop.installed(progress.say), context.timer.current():
                     yield context
             finally:
                 with suppress(OSError):  # what a full disk refused was reported when it was written
@@ -380,7 +385,8 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
                         context.progress.say(f"{stage}: finished before")
                         continue
                     context.stop.check()
-                    summary = STAGES[stage](pipeline)
+                    with context.profiler.stage(stage) if context.profiler else nullcontext():
+                        summary = STAGES[stage](pipeline)
                     distributed.on_main(partial(run.finish_stage, stage, summary))
         except Interrupted:
             context.progress.finish()
@@ -390,4 +396,6 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
             return 130
         report = distributed.on_main(lambda: write_report(run.path))
     print_summary(run.path, report)
+    if context.profiler:
+        print(context.profiler.text())
     return 0

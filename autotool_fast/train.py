@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.dry_run:
             print(describe(config))
             return 0
-        with distributed.processes(config.device), _open(config) as run:
+        with distributed.processes(config.device, _continue(config)), _open(config) as run:
             from autotool_fast.stages import run_stages
 
             code = run_stages(config, run)
@@ -47,13 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return distributed.fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        flag = "--resume in place of --overwrite" if config and config.overwrite else "--resume"
-        remedy = f"repeat the command with {flag} to continue from the newest checkpoint"
-        return distributed.fail(f"interrupted at once; {remedy}", 130)
+        return distributed.fail(f"interrupted at once; {_continue(config)}", 130)
     except Exception:
         if distributed.world() == 1:
             raise
-        return distributed.fail(traceback.format_exc(), 1)
+        trace = traceback.format_exc()
+        reason = distributed.lost(distributed.PATIENCE)  # a collective that failed may be its doing
+        return distributed.fail(f"error: {reason}; {_continue(config)}" if reason else trace, 1)
+
+
+def _continue(config: TrainConfig | None) -> str:
+    flag = "--resume in place of --overwrite" if config and config.overwrite else "--resume"
+    return f"repeat the command with {flag} to continue from the newest checkpoint"
 
 
 def _open(config: TrainConfig) -> RunFolder:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from autotool_fast import distributed
 from autotool_fast.chat import SOURCE_SAMPLED, SYNTAXES, ChatFormat, parse_reply
+from autotool_fast.metrics import phase
 from autotool_fast.packing import micro_batches, pack
 from autotool_fast.policy import PolicyModule, packed_logp_entropy
 from autotool_fast.rollout.records import Trajectory
@@ -88,9 +89,12 @@ def sft_backward(
         demos = [batch[i] for i in part]
         trained = torch.from_numpy(np.concatenate([demo.trained for demo in demos]))
         packed = pack([demo.ids for demo in demos], model.device, attention=attention)
-        logp = packed_logp_entropy(model, packed, trained, backend=backend).logp
-        loss = -logp.sum() / total
-        loss.backward()
+        with phase("logprob"):
+            logp = packed_logp_entropy(model, packed, trained, backend=backend).logp
+        with phase("loss"):
+            loss = -logp.sum() / total
+        with phase("backward"):
+            loss.backward()
         loss_sum += loss.item()
     return sum(distributed.gather(loss_sum))
 

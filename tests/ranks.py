@@ -9,6 +9,7 @@ every rank and whatever the number of ranks. Those of each rank are saved as FOL
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,11 @@ import torch
 from scripted_rl import GROUP, HOP, LONG, MALFORMED, MIXED, SET, SHORT, TASKS, WRONG_LONG, Setting, whole
 
 import autotool_fast.rl as rl_module
-from autotool_fast import adapters, distributed
+from autotool_fast import adapters, checkpoint, distributed
 from autotool_fast.config import LoraConfig
 from autotool_fast.errors import Interrupted, UserError
 from autotool_fast.evaluate import cell_weights, evaluate
-from autotool_fast.loop import Context, StopFlag, make_optimizers, open_metrics, run_steps
+from autotool_fast.loop import Context, StageState, StopFlag, make_optimizers, open_metrics, run_steps
 from autotool_fast.metrics import Progress
 from autotool_fast.policy import packed_logp_entropy, recompute_activations
 from autotool_fast.rl import rollout_limits
@@ -153,6 +154,52 @@ def sft(patch: pytest.MonkeyPatch, folder: Path) -> Result:
     return found
 
 
+def low_bit(patch: pytest.MonkeyPatch, folder: Path) -> Result:
+    """Six supervised steps with 8-bit moments, in one go and over a checkpoint after the third."""
+    setting = Setting(patch)
+    sizes = dataclasses.replace(setting.config.model, layers=2, hidden=128, intermediate=128)
+    world = World(("set", "hop"), 4)
+    demos = [
+        demonstrate(task, solution(task, think=True), setting.chat)
+        for task in (world.task("hop", 1 + k % 4, "train", str(k)) for k in range(5))
+    ]
+
+    def start() -> StageState:
+        model = build_model(sizes, setting.chat.tokenizer, 0)
+        optimizers = make_optimizers(model, lr=3e-3, weight_decay=0.01, kind="adamw-8bit")
+        return StageState(model, setting.chat.tokenizer, optimizers)
+
+    def train(state: StageState, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            losses.append(sft_backward(state.trained, demos))
+            assert state.optimizers.step(1.0)[1]
+        return losses
+
+    state = start()
+    losses = train(state, 3)
+    tensors, rest = state.optimizers.pack()
+    where = folder / f"low-bit-{distributed.world()}"
+    values = {"optimizers": rest}
+    saved = checkpoint.save(where, 3, model=state.model, tokenizer=state.tokenizer, tensors=tensors, state=values)
+    again = start()
+    saved.load_weights(again.model)
+    again.optimizers.unpack(saved.tensors(again.optimizers.mesh), saved.state()["optimizers"])
+    losses += train(state, 3)
+    kinds = {
+        type(moment.to_local() if hasattr(moment, "to_local") else moment).__name__
+        for moments in state.optimizers.members[0].state.values()
+        for name, moment in moments.items()
+        if name != "step"
+    }
+    return {
+        "losses": losses,
+        "same losses": train(again, 3) == losses[3:],
+        "same weights": all(map(torch.equal, state.model.parameters(), again.model.parameters())),
+        "kinds": sorted(kinds),
+    }
+
+
 def sampled(patch: pytest.MonkeyPatch, folder: Path) -> Result:
     """Free sampling from an untrained model, and an evaluation."""
     setting = Setting(patch)
@@ -262,6 +309,7 @@ CASES = {
         relative,
         poisoned,
         sft,
+        low_bit,
         sampled,
         interrupted_sampling,
         saved,

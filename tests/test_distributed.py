@@ -20,7 +20,7 @@ import torch
 from small_runs import write_preset
 
 from autotool_fast import distributed
-from autotool_fast.metrics import read_rows
+from autotool_fast.metrics import read_rows, strip_timings
 from autotool_fast.train import main
 
 torch.set_num_threads(1)
@@ -187,7 +187,7 @@ def test_a_checkpoint_is_continued_by_another_number_of_processes(found, tmp_pat
 def test_a_run_of_two_processes_is_that_of_one(tmp_path):
     """From one base model, since 140 steps of base training let rounding grow until samples differ."""
     preset = write_preset(tmp_path)
-    options = ["--preset", str(preset)]
+    options = ["--preset", str(preset), "--profile"]
     assert main([*options, "--out", str(tmp_path / "base"), "--stages", "base"]) == 0
     options += ["--base.reuse", str(tmp_path / "base" / "models" / "base")]
     assert main([*options, "--out", str(tmp_path / "one")]) == 0
@@ -197,11 +197,12 @@ def test_a_run_of_two_processes_is_that_of_one(tmp_path):
     rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     assert len(rows[0]) == 19
     for ours, theirs in zip(*rows, strict=True):
+        ours, theirs = strip_timings(ours), strip_timings(theirs)
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             if name == "stage":
                 assert theirs[name] == value
-            elif name != "seconds" and not name.startswith("time/"):
+            else:
                 assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (ours["stage"], ours["step"], name)
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in ("", "models/rl", "stages"):
@@ -209,6 +210,8 @@ def test_a_run_of_two_processes_is_that_of_one(tmp_path):
     assert (two / "labels.jsonl").read_text() == (one / "labels.jsonl").read_text()
     results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
     assert results[0] == results[1]
+    phases = [json.loads((run / "profile" / "phases.json").read_text())["rl"]["phases"] for run in (one, two)]
+    assert [any("sync" in row["phase"] for row in rows) for rows in phases] == [False, True]
 
 
 def test_a_rank_that_fails_ends_the_job_with_its_message(tmp_path):

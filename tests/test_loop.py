@@ -25,8 +25,10 @@ from autotool_fast.loop import (
     trapezoid,
 )
 from autotool_fast.metrics import MetricsWriter, Progress, read_rows, strip_timings
+from autotool_fast.plan import check
 from autotool_fast.runs import RunFolder
 from autotool_fast.tasks.tiny import build_tokenizer
+from autotool_fast.train import main
 
 torch.set_num_threads(1)
 TOKENIZER = build_tokenizer()
@@ -343,3 +345,60 @@ def test_the_float32_copies_survive_a_checkpoint():
             give_gradients(model, full, step)
             o.step(1.0)
     assert same(weights(low), weights(again))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offloaded_optimizer_takes_the_same_steps_and_keeps_nothing_on_the_model(dtype):
+    plain, away = tiny_model().to(dtype), tiny_model().to(dtype)
+    steps = Optimizers(plain, lr=1e-2, weight_decay=0.1), Optimizers(away, lr=1e-2, weight_decay=0.1, kind="offload")
+    for number in range(6):
+        give_gradients(plain, away, number)
+        assert all(p.grad is None for p in away.parameters())
+        norms = [o.step(0.5)[0] for o in steps]
+        # Gradients of float32 slopes were rounded to bfloat16 before, in `give_gradients`.
+        assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    own = {p.untyped_storage().data_ptr() for p in away.parameters()}
+    assert not own & {p.untyped_storage().data_ptr() for p in steps[1].parameters}
+    for p, q in zip(plain.parameters(), away.parameters(), strict=True):
+        # The fused kernel rounds in another order; a parameter in bfloat16 may fall on the neighbouring number.
+        assert torch.allclose(p.float(), q.float(), rtol=1e-5 if dtype == torch.float32 else 2.0**-7, atol=1e-6)
+
+
+def test_an_offloaded_optimizer_is_continued_bit_by_bit():
+    def start() -> tuple[Qwen3ForCausalLM, Optimizers]:
+        model = tiny_model().to(torch.bfloat16)
+        return model, Optimizers(model, lr=1e-3, weight_decay=0.1, kind="offload")
+
+    model, optimizers = start()
+    again, restored = start()
+    other = tiny_model()
+    for step in range(3):
+        give_gradients(model, other, step)
+        optimizers.step(1.0)
+    tensors, rest = optimizers.pack()
+    again.load_state_dict(model.state_dict())
+    restored.unpack({name: t.clone() for name, t in tensors.items()}, rest)
+    for step in range(3, 6):
+        for each, o in ((model, optimizers), (again, restored)):
+            give_gradients(each, other, step)
+            o.step(1.0)
+    assert same(weights(model), weights(again))
+    assert same(optimizers.pack()[0], restored.pack()[0])
+
+
+def test_settings_of_the_optimizer_that_cannot_work_are_refused_before_anything_is_written(
+    tmp_path, capsys, monkeypatch
+):
+    def refused(*options: str) -> str:
+        assert main([*options, "--out", str(tmp_path / "run")]) == 2
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err.strip()
+
+    message = "error: optim.kind: offload moves state away from a GPU, and there is none; add --device cuda"
+    assert refused("--optim.kind", "offload").startswith(message)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = 'error: optim.kind: adamw-8bit needs torchao; install it with pip install "autotool_fast[memory]"'
+    assert refused("--optim.kind", "adamw-8bit") == message
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="offload works in one process only"):
+        check(from_dict({"device": "cuda", "optim": {"kind": "offload"}}))

@@ -143,3 +143,28 @@ def test_each_of_several_processes_holds_the_model_and_a_share_of_its_training(f
     assert four["weights"] == one["weights"]
     assert four["shards"] == shape.parameters  # float32, a quarter of them
     assert one["shards"] == 0
+
+
+@pytest.mark.parametrize(("kind", "held"), [("adamw", 8.0), ("adamw-8bit", 2.03125), ("offload", 0.0)])
+def test_the_plan_counts_the_optimizers_state_where_it_is(folder, capsys, kind, held):
+    config = settings(folder, dtype="bfloat16")
+    config = dataclasses.replace(config, device="cuda", optim=dataclasses.replace(config.optim, kind=kind))
+    shape = memory.shape_of(str(folder))
+    found = memory.estimate(shape, config)
+    assert found["Adam"] == int(held * shape.parameters)
+    if kind == "offload":
+        assert found["float32 copies"] == 0
+        assert found["gradients"] == 2 * 96 * 32  # of one matrix, in bfloat16
+        assert memory.offloaded(shape, config) == 16 * shape.parameters
+        assert "of the machine's memory for the optimizer" in memory.describe(config)
+    else:
+        assert found["float32 copies"] == found["gradients"] == 4 * shape.parameters
+        assert "machine's memory" not in memory.describe(config)
+
+
+def test_recomputed_activations_are_in_the_plan_of_the_command_line(folder, capsys):
+    lines = []
+    for more in ([], ["--model.gradient-checkpointing"]):
+        assert main(["--model", str(folder), "--dry-run", *more]) == 0
+        lines.append(memory_line(capsys))
+    assert lines[0] != lines[1]

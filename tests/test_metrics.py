@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autotool_fast.errors import UserError
-from autotool_fast.metrics import MetricsWriter, Progress, Timer, read_rows, strip_timings
+from autotool_fast.metrics import MetricsWriter, Progress, Timer, phase, read_rows, strip_timings
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
@@ -87,6 +87,26 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+
+def test_a_moment_counts_for_the_innermost_phase_alone():
+    times = iter([0.0, 1.0, 3.0, 3.0, 4.0, 10.0])
+    timer = Timer(lambda: next(times))
+    with timer.current(), timer.phase("rollout"):
+        for _ in range(2):
+            with phase("tools"):
+                pass
+    assert timer.take() == {"rollout": 7000.0, "tools": 3000.0}
+    assert timer.totals == {("rollout",): (1, 7.0), ("rollout", "tools"): (2, 3.0)}
+
+
+def test_without_a_timer_in_use_a_phase_is_nothing():
+    timer = Timer()
+    with timer.current():
+        pass
+    with phase("tools"):
+        pass
+    assert timer.take() == {}
 
 
 def test_timer_adds_up_phases_and_starts_over():

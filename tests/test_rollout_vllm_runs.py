@@ -10,7 +10,7 @@ from chat_models import QWEN25, make_tokenizer
 from lamp_data import corpus, write_lamp_data
 from lamp_environment import small_model
 from transformers import AutoModelForCausalLM
-from vllm_stand_in import VllmStandIn, status
+from vllm_stand_in import VllmStandIn
 
 from autotool_fast import distributed
 from autotool_fast.chat.formats import MODE_INSTRUCTION
@@ -102,28 +102,6 @@ def test_a_whole_rl_stage_runs_on_a_server(place, lamp_server):
         assert row["mismatch/capped"] == 0
         assert row["clip/low"] == row["clip/high"] == 0
         assert abs(row["ratio/mean"] - 1) < 1e-4
-
-
-@pytest.mark.slow
-def test_a_run_that_lost_its_server_can_be_resumed(place, lamp_server, capsys):
-    with lamp_server.running() as url:
-
-        def leave(handler, body):
-            if lamp_server.log.count("collective_rpc") == 2:
-                lamp_server.faults["/v1/completions"] = [status(422)] * 99
-                return status(422, "broken")(handler, body)
-            lamp_server.faults["/v1/completions"].append(leave)
-            return False
-
-        lamp_server.faults["/v1/completions"] = [leave]
-        assert main(served(place, "lost", url)) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith(f"error: rollout.server ({url}): answered /v1/completions with 422")
-    lamp_server.faults.clear()
-    with lamp_server.running() as another:  # started again, on another port
-        assert main(served(place, "lost", another, "--resume")) == 0
-    rows = [row["step"] for row in read_rows(place / "lost" / "metrics.jsonl") if row["stage"] == "rl"]
-    assert rows == [1, 2]
 
 
 def test_a_run_whose_server_does_not_answer_is_refused_before_it_writes(place, capsys):

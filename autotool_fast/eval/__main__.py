@@ -119,6 +119,11 @@ def _run(options: argparse.Namespace) -> int:
     try:
         policy = _policy(options)
         return _evaluate(options, benchmark, policy, modes)
+    except OSError as error:
+        if not (error.strerror and error.filename):
+            raise
+        remedy = "free some space or check the permissions, then repeat the command"
+        raise UserError(f"cannot be read or written ({error.strerror})", where=error.filename, remedy=remedy) from error
     finally:
         benchmark.close()
 

@@ -90,10 +90,11 @@ class Results:
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows and flush them to the disk."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
-            file.flush()
-        files.sync(self._path)
+        with files.naming(self._path):
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
+                file.flush()
+            files.sync(self._path)
         self.rows += rows
 
 

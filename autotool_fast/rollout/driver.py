@@ -20,6 +20,7 @@ import numpy as np
 
 from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, ParsedReply
 from autotool_fast.errors import UserError
+from autotool_fast.metrics import phase
 from autotool_fast.rollout.records import Row, StopReason, Trajectory
 from autotool_fast.rollout.rng import row_seeds
 from autotool_fast.tasks.record import Episode, Task, close_episode
@@ -221,7 +222,8 @@ class _Driver:
     def _timed(self, key: int, state: _Sample, work: Callable[[], T]) -> T:
         """Run an episode's own code; the other episodes are not charged for the time."""
         began = time.perf_counter()
-        result = work()
+        with phase("tools"):
+            result = work()
         seconds = time.perf_counter() - began
         state.tool_seconds += seconds
         self.engine.excuse(key, seconds)

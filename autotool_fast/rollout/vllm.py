@@ -34,6 +34,7 @@ import numpy as np
 
 from autotool_fast.config import TrainConfig
 from autotool_fast.errors import UserError
+from autotool_fast.metrics import phase
 from autotool_fast.rollout.records import Row
 from autotool_fast.rollout.rng import row_seeds
 from autotool_fast.rollout.server import (
@@ -118,7 +119,8 @@ class VllmEngine:
         if now == self._sent:
             self._check_version()
         else:
-            self._send_weights()
+            with phase("sync"):
+                self._send_weights()
             self._sent = now
         self._open = True
         try:
