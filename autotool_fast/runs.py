@@ -32,9 +32,10 @@ PACKAGES = ("autotool_fast", "torch", "triton", "transformers", "tokenizers", "s
 MAY_DIFFER_ON_RESUME = frozenset(
     {"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads"}
     | {"rollout.slots", "rollout.prefill_chunk", "rl.micro_tokens", "model.gradient_checkpointing"}
+    | {"rollout.cuda_graphs"}
     | {"label.teacher", "label.teacher_model", "rollout.server", "rollout.timeout_s"}
 )
-"""The second line is memory: those settings change results by rounding alone. A server may move."""
+"""Lines two and three are memory and speed: those settings change results by rounding alone. A server may move."""
 LOCK = ".lock"
 
 
