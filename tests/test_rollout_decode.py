@@ -121,6 +121,22 @@ def test_inactive_slots_write_where_no_row_reads():
     assert state.token.tolist() != token.tolist()
 
 
+def test_inactive_slots_look_at_one_position():
+    seen = []
+
+    def decode(lengths, longest):
+        seen.append(lengths.tolist())
+        return KERNELS["sdpa"].decode(lengths, longest)
+
+    engine = LateEngine(make_model(), slots=6, max_len=32, kernels=Kernels("seen", decode))
+    engine.model.config._attn_implementation = ATTENTION_NAME
+    active = some_state(engine, 0)
+    lengths = (engine.decoder.state.position + 1).tolist()
+    with torch.inference_mode():
+        engine.decoder.step(6, 32)
+    assert seen == [[n if a else 1 for n, a in zip(lengths, active, strict=True)]]
+
+
 def test_a_rows_step_does_not_depend_on_the_inactive_ones():
     engine = LateEngine(make_model(), slots=6, max_len=32, kernels=KERNELS["sdpa"])
     engine.model.config._attn_implementation = ATTENTION_NAME

@@ -173,9 +173,10 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream()
 
     def __call__(self, run: Callable[[], None]) -> Replay:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), self._side
         side.wait_stream(current)
         with torch.cuda.stream(side):  # lazy initialisation and kernel compilation cannot be captured
             for _ in range(2):
@@ -183,6 +184,6 @@ class CudaGraphs:
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Tools may use CUDA in other threads meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             run()
         return graph.replay
