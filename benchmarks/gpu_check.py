@@ -63,9 +63,9 @@ TEST_PROCESSES = 8
 OFFLINE_TESTS = ("test_kernels_compile.py", "test_kernels_offline.py")
 FULL_TESTS = ("test_kernels_tune.py",)  # of a tool, and many
 ENGINE_TESTS = ("test_rollout_kv_attention.py", "test_rollout_late.py")
-# Options of benchmarks.rollout. A GPU plays 256 episodes of a published shape; the quick set turns of one length.
+# Options of benchmarks.rollout. A GPU plays 256 episodes of a published shape; the quick set 64, short turns alone.
 ROLLOUT_GPU = ("--device", "cuda", "--shape", "qwen2.5-0.5b", "--prompts", "16", "--no-memory")
-ROLLOUT_GPU_QUICK = ("--turn-tokens", "36", "36")
+ROLLOUT_GPU_QUICK = ("--prompts", "4", "--turn-tokens", "20", "20")
 ROLLOUT_CPU = ("--prompts", "1", "--group", "2", "--hidden", "64", "--layers", "1", "--vocab", "2048")
 FAILING_LINE = re.compile(r"[.sxX]*[FE][.sxXFE]*(\s|$)|FAILED|ERROR")  # of pytest's progress, or a name
 # The smoke preset without the command line's parser, which not every machine with a GPU has.

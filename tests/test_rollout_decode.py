@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from autotool_fast.rollout.attention import ATTENTION_NAME
-from autotool_fast.rollout.decode import batch_bucket, length_bucket
+from autotool_fast.rollout.decode import CudaGraphs, batch_bucket, length_bucket
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.rollout.kv_attention import Kernels, flash_kernel, sdpa_kernel, varlen_kernel
 from autotool_fast.rollout.late import LateEngine
@@ -168,6 +170,45 @@ class Recorder:
             run()
 
         return replay
+
+
+def test_a_graph_is_captured_behind_two_warm_runs_on_the_same_stream_and_pool(monkeypatch):
+    log = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextmanager
+    def within(what):
+        log.append(what)
+        yield
+        log.append(f"end of {what}")
+
+    def graph(graph, *, pool, stream, **_):
+        assert isinstance(graph, Graph)
+        return within(f"capture in {pool} on {stream.name}")
+
+    for name, stand_in in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "current_stream": lambda: Stream("current"),
+        "stream": lambda stream: within(stream.name),
+        "graph": graph,
+        "graph_pool_handle": lambda: "pool",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    CudaGraphs()(lambda: log.append("run"))()
+    warm = ["side waits for current", "side", "run", "run", "end of side", "current waits for side"]
+    capture = "capture in pool on side"
+    assert log == [*warm, capture, "run", f"end of {capture}", "replay"]
 
 
 def test_capturing_moves_no_row_on():

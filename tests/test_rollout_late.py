@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from engine_models import ARCHITECTURES, ATOL, KERNELS, STOP, VOCAB, full_forwar
 import autotool_fast.rollout.late as late_module
 from autotool_fast.rollout.decode import CudaGraphs
 from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.kv_attention import Kernels, sdpa_kernel
 from autotool_fast.rollout.late import LateEngine, open_slot_engine, uncapturable
 from autotool_fast.rollout.rng import row_seeds
 
@@ -242,6 +245,30 @@ def test_a_cpu_gets_the_slot_engine_and_what_cannot_be_captured_is_said(model):
     looking = make_model()
     looking._can_compile_fullgraph = False
     assert "Qwen3ForCausalLM" in uncapturable(looking)
+
+
+def test_a_gpu_gets_the_late_engine_and_hears_once_what_it_does_without(monkeypatch, caplog):
+    made = []
+
+    def engine(model, **options):
+        made.append(options)
+        return SimpleNamespace(kernels=Kernels("sdpa", sdpa_kernel(torch.float32), reason="the test says so"))
+
+    late_module._warn_once.cache_clear()
+    monkeypatch.setattr(late_module, "LateEngine", engine)
+    monkeypatch.setattr(late_module, "CudaGraphs", lambda: "graphs")
+    config = SimpleNamespace(rope_parameters={"full_attention": {"rope_type": "longrope"}})
+    model = SimpleNamespace(device=torch.device("cuda"), config=config, _can_compile_fullgraph=True)
+    for _ in range(2):
+        open_slot_engine(model, slots=3, max_len=9)
+    config.rope_parameters = {"rope_type": "default"}
+    open_slot_engine(model, slots=3, max_len=9, prefill_chunk=2)
+    open_slot_engine(model, slots=3, max_len=9, cuda_graphs=False)
+    assert [options["capture"] for options in made] == [None, None, "graphs", None]
+    assert made[2] == {"slots": 3, "max_len": 9, "prefill_chunk": 2, "capture": "graphs"}
+    assert len(caplog.messages) == 2
+    assert "longrope" in caplog.messages[0]
+    assert "the test says so" in caplog.messages[1]
 
 
 @pytest.mark.gpu
