@@ -385,6 +385,8 @@ class RolloutConfig(Section):
     """Sequences decoded at once; with a server, requests under way at once."""
     prefill_chunk: int = number(64, low=1)
     """Tokens entering the cache per prefill call and sequence."""
+    cuda_graphs: bool = True
+    """On a GPU the trainer's own engine decodes by captured CUDA graphs; off: kernel by kernel."""
     max_turns: int = number(6, low=1)
     """Assistant replies per episode."""
     max_new_tokens: int = number(128, low=1)

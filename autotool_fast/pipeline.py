@@ -27,7 +27,7 @@ from autotool_fast.problems import DataProblems, Problems, WorldProblems
 from autotool_fast.rl import rollout_limits
 from autotool_fast.rollout import vllm
 from autotool_fast.rollout.driver import Engine
-from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.late import open_slot_engine
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.tiny import build_tokenizer
 from autotool_fast.warmup import Demonstration, sft_backward
@@ -157,11 +157,12 @@ class Pipeline:
         rollout_config = self.config.rollout
         if rollout_config.backend == "vllm":
             return vllm.open_engine(self.config, model, self._transfer)
-        return SlotEngine(
+        return open_slot_engine(
             model,
             slots=rollout_config.slots,
             max_len=self.config.model.max_positions,
             prefill_chunk=rollout_config.prefill_chunk,
+            cuda_graphs=rollout_config.cuda_graphs,
         )
 
     def sft(

@@ -32,7 +32,7 @@ PACKAGES = ("autotool_fast", "torch", "triton", "transformers", "tokenizers", "s
 MAY_DIFFER_ON_RESUME = frozenset(
     {"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads", "profile", "profile_steps"}
     | {"rollout.slots", "rollout.prefill_chunk", "rl.micro_tokens", "model.gradient_checkpointing"}
-    | {"model.attention", "rl.share_prompts"}
+    | {"model.attention", "rl.share_prompts", "rollout.cuda_graphs"}
     | {"label.teacher", "label.teacher_model", "rollout.server", "rollout.timeout_s"}
 )
 """The second line is memory, the third speed: those settings change results by rounding alone. A server may move."""

@@ -87,6 +87,7 @@ class Shape:
     kv_heads: int = 2
     max_len: int = 2048
     tied: bool = False  # one matrix for embeddings and head
+    intermediate: int | None = None  # width of the gated MLP; four times hidden if not given
 
 
 def _word(number: int) -> str:
@@ -151,7 +152,7 @@ def make_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.fl
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=shape.hidden,
-        intermediate_size=4 * shape.hidden,
+        intermediate_size=shape.intermediate or 4 * shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,

@@ -4,7 +4,8 @@
 
 Sections: environment (versions, clocks, measured ceilings; builds csrc where there is an nvcc), tests (the kernel
 tests that a GPU changes), accuracy (`benchmarks/checks.py`), linear, logits, policy, sample (the four benchmarks),
-training (a smoke run of the trainer). Each runs in a process of its own with a time budget, so that a crash or a hang
+rollout (the rollout engine's GPU tests, and tokens per second with CUDA graphs on and off), training (a smoke run of
+the trainer). Each runs in a process of its own with a time budget, so that a crash or a hang
 loses nothing but itself; the quick set (the default) ends within nine minutes. A section that runs out of time is
 "stopped": what it found until then is kept, and counts as failed only if it had failed, or had found nothing. A
 benchmark that dies, or is stopped before it has timed our kernels, is repeated without the peers.
@@ -41,13 +42,14 @@ BENCHMARKS = {
 }
 # Seconds, in the order in which sections run. The quick ones sum to QUICK_SECONDS.
 BUDGETS = {
-    "environment": 80,
-    "tests": 105,
-    "accuracy": 90,
-    "linear": 100,
+    "environment": 70,
+    "tests": 95,
+    "accuracy": 80,
+    "linear": 85,
     "logits": 40,
     "policy": 25,
     "sample": 30,
+    "rollout": 45,
     "training": 55,
 }
 QUICK_SECONDS = 525
@@ -60,6 +62,11 @@ TEST_PROCESSES = 8
 # About compiled code, the same on every machine; they need no GPU and would take the whole budget.
 OFFLINE_TESTS = ("test_kernels_compile.py", "test_kernels_offline.py")
 FULL_TESTS = ("test_kernels_tune.py",)  # of a tool, and many
+ENGINE_TESTS = ("test_rollout_kv_attention.py", "test_rollout_late.py")
+# Options of benchmarks.rollout. A GPU plays 256 episodes of a published shape; the quick set 64, short turns alone.
+ROLLOUT_GPU = ("--device", "cuda", "--shape", "qwen2.5-0.5b", "--prompts", "16", "--no-memory")
+ROLLOUT_GPU_QUICK = ("--prompts", "4", "--turn-tokens", "20", "20")
+ROLLOUT_CPU = ("--prompts", "1", "--group", "2", "--hidden", "64", "--layers", "1", "--vocab", "2048")
 FAILING_LINE = re.compile(r"[.sxX]*[FE][.sxXFE]*(\s|$)|FAILED|ERROR")  # of pytest's progress, or a name
 # The smoke preset without the command line's parser, which not every machine with a GPU has.
 SMOKE_RUN = """
@@ -385,6 +392,46 @@ def accuracy(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
+def rollouts(args: argparse.Namespace) -> int:
+    """The rollout engine: on a GPU its tests that need one, then `benchmarks.rollout` with our engines alone."""
+    import importlib.util
+
+    import torch
+
+    gpu = torch.cuda.is_available()
+    missing = [name for name in ("transformers", "tokenizers", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        _save(args, "not run", f"the engine needs packages that are not here: {', '.join(missing)}", None)
+        return 0
+    tested = "no GPU tests on a CPU"
+    state = "passed"
+    if gpu and importlib.util.find_spec("pytest"):
+        files = [str(ROOT / "tests" / name) for name in ENGINE_TESTS]
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "-q", "--tb=line", "-m", "gpu"]
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [*command, "-o", f"cache_dir={folder}", *files], capture_output=True, text=True, cwd=ROOT, check=False
+            )
+        print(done.stdout[-3000:], done.stderr[-1000:], flush=True)
+        tested = f"tests: {_last_line(done.stdout)}"
+        state = "passed" if done.returncode == 0 else "failed"
+    _save(args, "failed" if state == "failed" else "under way", tested, None)
+    out = args.out.resolve() / "rollout.json"
+    out.unlink(missing_ok=True)
+    options = [*ROLLOUT_GPU, *(() if args.full else ROLLOUT_GPU_QUICK)] if gpu else ROLLOUT_CPU
+    command = [sys.executable, "-m", "benchmarks.rollout", "--providers", "ours", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    print(done.stdout[-4000:], done.stderr[-1000:], flush=True)
+    rows = [row for table in _tables(out) for row in table["rows"]]
+    rates = [f"{r['provider']} {r['tokens_s']:.0f} tokens/s" if "tokens_s" in r else f"{r['provider']}: {r['error']}"
+             for r in rows]  # fmt: skip
+    if done.returncode or not rows or any(row.get("error") for row in rows):
+        state = "failed"
+        rates = rates or [_last_line(done.stdout + done.stderr)]
+    _save(args, state, "; ".join([tested, *rates]), rows)
+    return int(state == "failed")
+
+
 def training(args: argparse.Namespace) -> int:
     """The smoke preset, from random weights to the report, on the GPU where there is one."""
     import torch
@@ -423,6 +470,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "environment": environment,
     "tests": kernel_tests,
     "accuracy": accuracy,
+    "rollout": rollouts,
     "training": training,
 }
 

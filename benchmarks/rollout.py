@@ -1,11 +1,13 @@
 """Rollouts of four-turn tool episodes: ours, `model.generate`, continuous batching, TRL's tool loop, vLLM.
 
     python -m benchmarks.rollout [--quick] [--turn-tokens 12 60] [--vocab 32768] [--device cuda] [--out FILE]
+    python -m benchmarks.rollout --device cuda --shape qwen2.5-0.5b --prompts 16     # CUDA graphs on against off
 
 All play the same episodes of a random Qwen2-shaped model, whose script (`benchmarks.episodes`) fixes what is said, so
 turns and sampled tokens are equal, and checked. Two tables: turns of one length, the best case of lock-step batches,
 and turns of mixed lengths. Tokens per second count sampled tokens over the whole rollout: reading prompts and tool
-results, parsing, calling tools. Peak memory is what a rollout takes beyond the model.
+results, parsing, calling tools. Peak memory is what a rollout takes beyond the model; on a GPU, where our engine and
+its captured graphs are kept from rollout to rollout as a trainer keeps them, beyond those.
 """
 
 from __future__ import annotations
@@ -24,6 +26,18 @@ if TYPE_CHECKING:
     from benchmarks.episodes import Shape, Work
     from benchmarks.report import Report
 
+SHAPES = {
+    "qwen2.5-0.5b": {
+        "hidden": 896,
+        "layers": 24,
+        "heads": 14,
+        "kv_heads": 2,
+        "intermediate": 4864,
+        "vocab": 151936,
+        "tied": True,
+    }
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """Options of this script."""
@@ -37,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         default=(12, 60),
         metavar=("LEAST", "MOST"),
         help="sampled tokens of a turn (default 12 60)",
+    )
+    p.add_argument(
+        "--shape", choices=tuple(SHAPES), help="a published model's sizes and bfloat16, in place of the options above"
     )
     p.add_argument("--tool-tokens", type=end_to_end.positive, default=24, metavar="N", help="most of a tool result")
     return p
@@ -61,9 +78,12 @@ def _run(args: argparse.Namespace) -> None:
     device = set_up(args)
     if args.quick:
         args.prompts, args.providers = 1, args.providers or ["ours", "generate"]
-    shape = Shape(
-        hidden=args.hidden, layers=args.layers, vocab=args.vocab, heads=args.heads, kv_heads=args.kv_heads
-    )
+    if args.shape:
+        shape, args.dtype = Shape(**SHAPES[args.shape]), "bfloat16"
+    else:
+        shape = Shape(
+            hidden=args.hidden, layers=args.layers, vocab=args.vocab, heads=args.heads, kv_heads=args.kv_heads
+        )
     least, most = args.turn_tokens
     try:
         mixed = Work(args.prompts, args.group, least, most, args.tool_tokens)

@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from autotool_fast.chat import SOURCE_SAMPLED, ChatFormat
 from autotool_fast.rollout.driver import RolloutLimits, rollout
 from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.late import LateEngine, open_slot_engine
 from benchmarks.episodes import (
     TURNS,
     Counts,
@@ -80,25 +81,48 @@ def contestants(setting: Setting, wanted: Callable[[str], bool]) -> list[Contest
         "trl": _trl,
         "vllm": _vllm,
     }
+    if setting.model.device.type == "cuda":
+        adapters["autotool_no_graphs"] = _without_graphs
     return collect({name: lambda make=make: make(setting) for name, make in adapters.items() if wanted(name)})
 
 
 def _ours(setting: Setting) -> Contestant:
+    if setting.model.device.type == "cuda":
+        return _on_gpu(setting, "autotool", cuda_graphs=True)
+
+    def engine() -> SlotEngine:
+        return SlotEngine(setting.model, slots=setting.work.episodes, max_len=setting.max_len)
+
+    return _played(setting, "autotool", engine, "SlotEngine")
+
+
+def _without_graphs(setting: Setting) -> Contestant:
+    return _on_gpu(setting, "autotool_no_graphs", cuda_graphs=False)
+
+
+def _on_gpu(setting: Setting, name: str, cuda_graphs: bool) -> Contestant:
+    sizes = {"slots": setting.work.episodes, "max_len": setting.max_len, "prefill_chunk": 512}
+    engine = open_slot_engine(setting.model, cuda_graphs=cuda_graphs, **sizes)
+    how = "CUDA graphs, captured once" if cuda_graphs else "kernel by kernel"
+    kernels = f"attention by {engine.kernels.name}, " if isinstance(engine, LateEngine) else ""
+    return _played(setting, name, lambda: engine, f"{type(engine).__name__}, {kernels}{how}")
+
+
+def _played(setting: Setting, name: str, engine: Callable[[], SlotEngine], what: str) -> Contestant:
     work = setting.work
     limits = RolloutLimits(
         max_turns=TURNS, max_new_tokens=TURNS * work.longest, max_turn_tokens=work.longest, deadline_s=None
     )
 
     def run(seed: int) -> Counts:
-        engine = SlotEngine(setting.model, slots=work.episodes, max_len=setting.max_len)
         played = rollout(
-            engine, make_tasks(work), chat=setting.chat, group_size=work.group, seed=seed, step=0, limits=limits
+            engine(), make_tasks(work), chat=setting.chat, group_size=work.group, seed=seed, step=0, limits=limits
         )
         return Counts(
             tuple(len(t.turn_spans) for t in played), tuple(int((t.source == SOURCE_SAMPLED).sum()) for t in played)
         )
 
-    return Contestant("autotool", run, "SlotEngine through the rollout driver; records log-probs and entropies too")
+    return Contestant(name, run, f"{what} through the rollout driver; records log-probs and entropies too")
 
 
 def _sampling(setting: Setting) -> GenerationConfig:

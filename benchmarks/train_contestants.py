@@ -21,7 +21,7 @@ from autotool_fast.config import from_dict
 from autotool_fast.loop import Optimizers, StageState
 from autotool_fast.metrics import Timer
 from autotool_fast.rl import PolicyTrainer
-from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.late import open_slot_engine
 from autotool_fast.tasks.record import Task
 from benchmarks.episodes import OPENING, STRENGTH, Shape, make_chat, make_model, question, tool_schema
 from benchmarks.peers import Absent, collect
@@ -164,7 +164,7 @@ def _ours(batch: Batch, model: PreTrainedModel, micro_tokens: int | None) -> Con
         }
     )
     state = StageState(model, chat.tokenizer, Optimizers(model, lr=LR, weight_decay=WEIGHT_DECAY))
-    engine = SlotEngine(model, slots=sequences, max_len=length)
+    engine = open_slot_engine(model, slots=sequences, max_len=length)
     trainer = PolicyTrainer(config, state, engine, chat, Timer())
     sample = trainer._sample
 

@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 
+from autotool_fast.rollout.late import LateEngine
 from autotool_fast.tasks.record import Task
 from benchmarks import (
     end_to_end,
@@ -72,6 +73,31 @@ def test_contestants_sample_what_the_script_says_whatever_their_seed(setting, na
     contestant, want = only(setting, name), episodes.expected(WORK, setting.script, setting.chat)
     for seed in (0, 1):
         assert contestant.run(seed) == want
+
+
+@pytest.mark.parametrize(("graphs", "how"), [(True, "CUDA graphs"), (False, "kernel by kernel")])
+def test_the_engine_for_a_gpu_plays_the_same_episodes(setting, monkeypatch, graphs, how):
+    def engine(model, *, cuda_graphs, **sizes):
+        assert cuda_graphs == graphs
+        return LateEngine(model, **sizes)
+
+    monkeypatch.setattr(rollout_contestants, "open_slot_engine", engine)
+    contestant = rollout_contestants._on_gpu(setting, "autotool", cuda_graphs=graphs)
+    want = episodes.expected(WORK, setting.script, setting.chat)
+    assert [contestant.run(seed) for seed in (0, 1)] == [want, want]
+    assert "attention by sdpa" in contestant.how
+    assert how in contestant.how
+
+
+def test_a_published_shape_is_taken_whole(monkeypatch):
+    compared = []
+    monkeypatch.setattr(rollout, "compare", lambda args, shape, *rest: compared.append((args.dtype, shape)))
+    assert rollout.main(["--shape", "qwen2.5-0.5b", "--turn-tokens", "12", "12"]) == 0
+    ((dtype, shape),) = compared
+    assert dtype == "bfloat16"
+    with torch.device("meta"):
+        model = episodes.make_model(shape, torch.device("meta"))
+    assert sum(p.numel() for p in model.parameters()) == 494_032_768  # of the published model
 
 
 def test_equal_turns_are_equally_long():

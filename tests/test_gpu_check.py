@@ -154,6 +154,46 @@ def test_parts_of_the_full_set_go_to_files_of_their_own(tmp_path, monkeypatch):
     assert commands[0][commands[0].index("--part") + 1] == "2/8"
 
 
+PLAYED = {"provider": "autotool", "tokens_s": 900.0}
+NO_GRAPHS = {"provider": "autotool_no_graphs", "tokens_s": 300.0}
+
+
+@pytest.mark.parametrize(
+    ("tests", "rows", "state"),
+    [
+        (0, [PLAYED, NO_GRAPHS], "passed"),
+        (1, [PLAYED, NO_GRAPHS], "failed"),
+        (0, [PLAYED, {"provider": "autotool_no_graphs", "error": "out of memory"}], "failed"),
+        (0, [], "failed"),
+    ],
+)
+def test_rollouts_on_a_gpu_are_tested_and_timed(tests, rows, state, tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        if "pytest" in command:
+            return subprocess.CompletedProcess(command, tests, "5 passed in 3 s", "")
+        out = Path(command[command.index("--out") + 1])
+        out.write_text(json.dumps({"tables": [{"title": "a table", "rows": rows}]}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    args = gpu_check.parser().parse_args(["--out", str(tmp_path), "--result", str(tmp_path / "result.json")])
+    assert gpu_check.rollouts(args) == int(state == "failed")
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["state"] == state
+    assert found["detail"].startswith("tests: 5 passed")
+    if rows:
+        assert "autotool 900 tokens/s" in found["detail"]
+    assert all((gpu_check.ROOT / "tests" / name).exists() for name in gpu_check.ENGINE_TESTS)
+    from benchmarks import rollout
+
+    options = commands[1][commands[1].index("benchmarks.rollout") + 1 :]
+    assert rollout.parser().parse_args(options).shape == "qwen2.5-0.5b"
+
+
 def test_the_smoke_run_needs_no_parser_of_the_command_line_and_names_a_missing_package(tmp_path, monkeypatch):
     """A machine lent with a GPU has torch and transformers, but not every package of this project."""
     stub = "import sys; sys.modules['tyro'] = None\n"

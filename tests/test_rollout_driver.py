@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 
@@ -17,6 +18,7 @@ from autotool_fast.chat import SOURCE_PROMPT, SOURCE_SAMPLED, SOURCE_TOOL, parse
 from autotool_fast.errors import UserError
 from autotool_fast.rollout.driver import RolloutLimits, rollout
 from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.rollout.late import LateEngine
 from autotool_fast.rollout.records import StopReason
 from autotool_fast.rollout.rng import row_seeds
 from autotool_fast.tasks.record import Task
@@ -316,6 +318,23 @@ def test_trajectories_do_not_depend_on_batch_layout(model):
             assert one.stop_reason is other.stop_reason
     alone = sampled_rollout(model, slots=4, group_size=1, tasks=[wide[0].task])
     assert alone[0].ids.tolist() == wide[0].ids.tolist()
+
+
+def test_the_late_engine_plays_the_same_trajectories(model, monkeypatch):
+    expected = sampled_rollout(model, slots=5)
+    monkeypatch.setattr(sys.modules[__name__], "SlotEngine", LateEngine)
+    for one, other in zip(sampled_rollout(model, slots=5), expected, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.source.tolist() == other.source.tolist()
+        assert (one.stop_reason, one.turn_spans) == (other.stop_reason, other.turn_spans)
+
+
+def test_a_deadline_with_the_late_engine_keeps_what_was_sampled(model):
+    engine = LateEngine(model, slots=2, max_len=160, prefill_chunk=4)
+    limits = RolloutLimits(deadline_s=0.0)
+    for trajectory in run(engine, [make_task(prompt=20)], 5, mode="no_think", limits=limits):
+        assert trajectory.stop_reason in (StopReason.DEADLINE, StopReason.MALFORMED)
+        assert len(trajectory.ids) > trajectory.n_prompt > 20
 
 
 def test_seed_changes_the_draws(model):

@@ -5,91 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from autotool_kernels import linear_logp_entropy
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from engine_models import ARCHITECTURES, ATOL, STOP, VOCAB, full_forward, make_model, prompts_of, run_engine
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from autotool_fast.errors import UserError
 from autotool_fast.rollout.engine import SlotEngine
 from autotool_fast.rollout.rng import row_seeds
 
-VOCAB = 40
-STOP = 3
-# Log-probs of the engine and of a full forward differ by summation order only: a few roundings (2^-24,
-# relative) of logits of size 5 or so, about 3e-6. 1e-5 is the bar set for decode against trainer.
-ATOL = 1e-5
-
-ARCHITECTURES = {
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"num_key_value_heads": 2, "head_dim": 8}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-}
-
-
-def make_model(architecture="qwen3", **changes):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config_class, model_class, extra = ARCHITECTURES[architecture]
-    config = config_class(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **{"initializer_range": 0.2, **extra, **changes},
-    )
-    return model_class(config).eval()
-
 
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-def prompts_of(*lengths):
-    generator = np.random.default_rng(0)
-    return [generator.integers(4, VOCAB, length) for length in lengths]
-
-
-def run_engine(engine, prompts, *, group_size=1, new=20, temperature=1.0, turns=1, tool=(), stop=()):
-    """Sample every row to its end; each turn but the last is followed by the `tool` tokens."""
-    rows, left = {}, {}
-    with engine.session(stop_ids=stop, temperature=temperature):
-        for group, prompt in enumerate(prompts):
-            keys = range(group * group_size, (group + 1) * group_size)
-            left.update(dict.fromkeys(keys, turns))
-            engine.submit(prompt, keys, row_seeds(1, 2, group, np.arange(group_size)), new)
-        while engine.busy:
-            for key, _ in engine.step():
-                left[key] -= 1
-                if left[key]:
-                    engine.extend(key, tool, new)
-                else:
-                    row = engine.row(key)
-                    rows[key] = (row.ids.copy(), row.logp.copy(), row.entropy.copy())
-                    engine.release(key)
-    return [rows[key] for key in sorted(rows)]
-
-
-def full_forward(model, ids, temperature=1.0):
-    """Log-prob and entropy of tokens 1.. from one uncached forward."""
-    ids = torch.from_numpy(ids)
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-        weight = model.get_output_embeddings().weight
-        return linear_logp_entropy(hidden, weight, ids[1:], temperature=temperature or 1.0)
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))

@@ -80,7 +80,7 @@ class LocalEngine:
 
     def _attach(self, model: PreTrainedModel, chat: ChatFormat) -> None:
         from autotool_fast.rollout.driver import RolloutLimits
-        from autotool_fast.rollout.engine import SlotEngine
+        from autotool_fast.rollout.late import open_slot_engine
 
         settings = self.settings
         positions = most_positions(model.config)
@@ -90,7 +90,7 @@ class LocalEngine:
         max_len = min(settings.max_len or 32768, positions)
         turn = min(settings.max_turn_tokens, max_len // 2)
         self._chat = chat
-        self._engine = SlotEngine(model, slots=settings.slots, max_len=max_len, prefill_chunk=512)
+        self._engine = open_slot_engine(model, slots=settings.slots, max_len=max_len, prefill_chunk=512)
         self._limits = RolloutLimits(
             max_turns=256,
             max_calls=4096,

@@ -4,12 +4,13 @@ One forward pass carries a flat batch of tokens, `[1, N]`: first one token for e
 prefill chunks. `SlotCache` stands in for `past_key_values`: it writes the new keys and values into their
 slots and hands the whole layer to `slot_attention`, which is registered with transformers as
 "autotool_slots". The model's own code (norms, projections, rotary embedding) runs unchanged on packed tokens.
-Which tokens go into a batch is the engine's business.
+Which tokens go into a batch is the engine's business; batches for a GPU's attention kernels are in `kv_attention`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,28 @@ from transformers import AttentionInterface
 
 ATTENTION_NAME = "autotool_slots"
 _KV_ROUND = 16
+
+
+class Batch(Protocol):
+    """What a forward pass needs to know of its flat batch of N tokens.
+
+    Attributes:
+        slots: [N] int64, slot of each token.
+        positions: [N] int64, where its key and value go in that slot.
+    """
+
+    slots: Tensor
+    positions: Tensor
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of queries [N, H, D] to a layer's slots [slots, KV, max_len, D]; returns [N, H, D]."""
+        ...
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device. A GPU gets it from pinned memory, in stream order: the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -53,12 +76,30 @@ class SlotBatch:
     chunks: tuple[_Chunks, ...]
     gather: Tensor | None
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `Batch`."""
+        outputs = []
+        n, span = self.n_decode, self.span
+        if n:
+            length = self.decode_bias.shape[-1]
+            rows = query[:n]
+            if span > n:
+                # In-place views of the cache beat gathering it, even when some slots of the span decode nothing.
+                rows = rows.new_zeros(span, *rows.shape[1:]).index_copy_(0, self.slots[:n], rows)
+            keys, values = key[:span, :, :length], value[:span, :, :length]
+            outputs.append(folded_attention(rows.unsqueeze(1), keys, values, self.decode_bias, scale).squeeze(1))
+        for chunk in self.chunks:
+            length = chunk.bias.shape[-1]
+            keys, values = key[chunk.slots, :, :length], value[chunk.slots, :, :length]
+            outputs.append(folded_attention(query[chunk.token], keys, values, chunk.bias, scale).flatten(0, 1))
+        return outputs[0] if self.gather is None else torch.cat(outputs)[self.gather]
 
-def _round_up(length: int, limit: int) -> int:
+
+def round_up(length: int, limit: int) -> int:
     return min(-(-length // _KV_ROUND) * _KV_ROUND, limit)
 
 
-def _bias(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def causal_bias(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Additive causal mask: [..., L] with 0 up to and including each position, -inf after it."""
     keys = torch.arange(length, device=positions.device)
     blocked = keys > positions.unsqueeze(-1)
@@ -88,7 +129,7 @@ def plan_batch(
     span = int(decode[-1]) + 1 if n_decode else 0
     decode_positions = np.zeros(span, np.int64)
     decode_positions[decode] = positions[:n_decode]
-    length = _round_up(int(decode_positions.max()) + 1, limit) if span else 0
+    length = round_up(int(decode_positions.max()) + 1, limit) if span else 0
 
     gather = slots.copy()
     filled = span
@@ -102,23 +143,23 @@ def plan_batch(
         token = first[:, None] + column
         gather[token] = filled + np.arange(members.size)[:, None] * longest + column
         filled += token.size
-        chunk_positions = torch.from_numpy(positions[token])
-        reach = _round_up(int(chunk_positions.max()) + 1, limit)
+        chunk_positions = positions[token]
+        reach = round_up(int(chunk_positions.max()) + 1, limit)
         buckets.append(
             _Chunks(
-                slots=torch.from_numpy(chunk_slots[members]).to(device),
-                token=torch.from_numpy(token).to(device),
-                bias=_bias(chunk_positions.to(device), reach, dtype).unsqueeze(1),
+                slots=upload(chunk_slots[members], device),
+                token=upload(token, device),
+                bias=causal_bias(upload(chunk_positions, device), reach, dtype).unsqueeze(1),
             )
         )
     return SlotBatch(
-        slots=torch.from_numpy(slots).to(device),
-        positions=torch.from_numpy(positions).to(device),
+        slots=upload(slots, device),
+        positions=upload(positions, device),
         n_decode=n_decode,
         span=span,
-        decode_bias=_bias(torch.from_numpy(decode_positions).to(device), length, dtype)[:, None, None],
+        decode_bias=causal_bias(upload(decode_positions, device), length, dtype)[:, None, None],
         chunks=tuple(buckets),
-        gather=torch.from_numpy(gather).to(device) if buckets or span > n_decode else None,
+        gather=upload(gather, device) if buckets or span > n_decode else None,
     )
 
 
@@ -127,14 +168,24 @@ class SlotCache:
 
     Zero-filled, because a masked position still multiplies its value by a zero weight. What lies beyond a
     row's length is stale and never attended to.
+
+    Args:
+        positions_first: in memory positions come before heads, as a GPU's attention kernels want them; `kv` then is a
+            view with the shape above.
     """
 
     is_compileable = False
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        self.max_len = shape[4]
-        self.batch: SlotBatch | None = None
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, positions_first: bool = False
+    ) -> None:
+        layers, two, slots, kv_heads, self.max_len, head_dim = shape
+        if positions_first:
+            memory = (layers, two, slots, self.max_len, kv_heads, head_dim)
+            self.kv = torch.zeros(memory, dtype=dtype, device=device).transpose(3, 4)
+        else:
+            self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.batch: Batch | None = None
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write a flat batch's keys and values ([1, kv_heads, N, head_dim]); returns the layer's slots."""
@@ -146,12 +197,12 @@ class SlotCache:
 
     def copy(self, source: int, targets: np.ndarray, length: int) -> None:
         """Copy the first `length` positions of one slot to others."""
-        targets = torch.from_numpy(targets).to(self.kv.device)
+        targets = upload(targets, self.kv.device)
         self.kv[:, :, targets, :, :length] = self.kv[:, :, source : source + 1, :, :length]
 
     def move(self, sources: np.ndarray, targets: np.ndarray, length: int) -> None:
         """Copy the first `length` positions of each source slot to its target; the two sets are disjoint."""
-        sources, targets = (torch.from_numpy(s).to(self.kv.device) for s in (sources, targets))
+        sources, targets = (upload(s, self.kv.device) for s in (sources, targets))
         self.kv[:, :, targets, :, :length] = self.kv[:, :, sources, :, :length]
 
     def save(self, slot: int, length: int) -> Tensor:
@@ -160,11 +211,11 @@ class SlotCache:
 
     def load(self, saved: Tensor, targets: np.ndarray) -> None:
         """Put a saved prefix into slots."""
-        targets = torch.from_numpy(targets).to(self.kv.device)
+        targets = upload(targets, self.kv.device)
         self.kv[:, :, targets, :, : saved.shape[3]] = saved.unsqueeze(2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+def folded_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
     """[b, T, H, D] queries against [b, KV, L, D] keys; bias [b, 1, T, L]. Returns [b, T, H, D].
 
     Query heads that share a key-value head are folded into the query length, so keys are never repeated.
@@ -187,7 +238,7 @@ def slot_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    slot_batch: SlotBatch | None = None,
+    slot_batch: Batch | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -202,24 +253,7 @@ def slot_attention(
     windowed = sliding_window is not None and sliding_window < key.shape[2]
     if windowed or softcap is not None or s_aux is not None:
         raise ValueError("the slot engine has no sliding-window, soft-capped or sink attention")
-    flat = query[0].transpose(0, 1)  # [N, H, D]
-    outputs = []
-    n, span = slot_batch.n_decode, slot_batch.span
-    if n:
-        length = slot_batch.decode_bias.shape[-1]
-        rows = flat[:n]
-        if span > n:
-            # In-place views of the cache beat gathering it, even when some slots of the span decode nothing.
-            rows = rows.new_zeros(span, *rows.shape[1:]).index_copy_(0, slot_batch.slots[:n], rows)
-        keys, values = key[:span, :, :length], value[:span, :, :length]
-        outputs.append(_attend(rows.unsqueeze(1), keys, values, slot_batch.decode_bias, scaling).squeeze(1))
-    for chunk in slot_batch.chunks:
-        length = chunk.bias.shape[-1]
-        keys, values = key[chunk.slots, :, :length], value[chunk.slots, :, :length]
-        outputs.append(_attend(flat[chunk.token], keys, values, chunk.bias, scaling).flatten(0, 1))
-    if slot_batch.gather is None:
-        return outputs[0].unsqueeze(0), None
-    return torch.cat(outputs)[slot_batch.gather].unsqueeze(0), None
+    return slot_batch.attend(query[0].transpose(0, 1), key, value, scaling).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION_NAME, slot_attention)

@@ -1,11 +1,11 @@
 """The turn loop: tasks in, trajectories out.
 
-Each sample is an episode: sample a turn, parse it, let the task execute it, append the messages it gives
-back, and so on until the task is over or a budget is. Episodes run side by side in the slot engine; those
-whose turn ended are served between two decoding steps while the rest go on; the time that takes counts against
-their own deadline only. A cut or malformed turn never executes. An episode is closed when it is over, however it
-ended, and all of them are when the rollout is left by an exception. Sampled tokens are decoded for the parser only:
-ids are append-only. Rewards and batching for training are elsewhere.
+Each sample is an episode: sample a turn, parse it, let the task execute it, append the messages it gives back, and
+so on until the task is over or a budget is. Episodes run side by side in the slot engine; those whose turn ended
+are served between two decoding steps while the rest go on (on a GPU, while it computes the next step); the time
+that takes counts against their own deadline only. A cut or malformed turn never executes. An episode is closed when
+it is over, however it ended, and all of them are when the rollout is left by an exception. Sampled tokens are
+decoded for the parser only: ids are append-only. Rewards and batching for training are elsewhere.
 """
 
 from __future__ import annotations

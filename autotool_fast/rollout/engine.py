@@ -10,7 +10,8 @@ tokens of each slot that has more to read (a new prompt, or tool results after a
 - a row's draws depend on its seed and the token's position only, not on slots, neighbours or arrival order.
   (Logits may differ by rounding between batch shapes, as in any batched matrix product.)
 
-What a turn means, budgets beyond a row's token limit, and tools are the driver's business.
+What a turn means, budgets beyond a row's token limit, and tools are the driver's business. On a GPU `late.LateEngine`
+takes its place, which does the same without waiting for each step's tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from autotool_kernels import sample_logp_entropy
+from autotool_kernels import SampledTokens, sample_logp_entropy
 from autotool_kernels.products import block_weight, project
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from autotool_fast.errors import UserError
 from autotool_fast.policy import logit_options
-from autotool_fast.rollout.attention import ATTENTION_NAME, SlotCache, plan_batch
+from autotool_fast.rollout.attention import ATTENTION_NAME, Batch, SlotCache, plan_batch, upload
 from autotool_fast.rollout.records import Row
 
 _FREE = -1
@@ -71,6 +72,8 @@ class SlotEngine:
         UserError: when the model is not of that kind.
     """
 
+    _POSITIONS_FIRST = False  # of the cache's layout: heads first suits a CPU
+
     def __init__(self, model: PreTrainedModel, *, slots: int, max_len: int, prefill_chunk: int = 64) -> None:
         config = model.config
         if not getattr(model, "_supports_attention_backend", False):
@@ -89,9 +92,8 @@ class SlotEngine:
         self.prefill_chunk = prefill_chunk
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._cache = SlotCache(
-            (config.num_hidden_layers, 2, slots, kv_heads, max_len, head_dim), model.dtype, model.device
-        )
+        shape = (config.num_hidden_layers, 2, slots, kv_heads, max_len, head_dim)
+        self._cache = SlotCache(shape, model.dtype, model.device, self._POSITIONS_FIRST)
         self._ids = np.zeros((slots, max_len), np.int64)
         self._logp = np.zeros((slots, max_len), np.float32)
         self._entropy = np.zeros((slots, max_len), np.float32)
@@ -101,6 +103,7 @@ class SlotEngine:
         self._limit = np.zeros(slots, np.int64)  # length at which the turn is cut
         self._seed = np.zeros(slots, np.int64)
         self._reading = np.zeros(slots, bool)  # takes part in forward passes
+        self._begun = np.zeros(slots, bool)  # has a sampled token
         self._started = np.zeros(slots, np.float64)  # seconds, time.monotonic
         self._slot: dict[int, int] = {}  # key -> slot
         self._pending: deque[_Group] = deque()
@@ -201,8 +204,8 @@ class SlotEngine:
 
     def older_than(self, seconds: float) -> list[int]:
         """Keys of the rows that took their slot more than `seconds` ago and have sampled a token since."""
-        old = (self._key != _FREE) & (self._cached > 0) & (self._started < time.monotonic() - seconds)
-        return [key for key in self._key[old].tolist() if key not in self._leader]
+        old = (self._key != _FREE) & self._begun & (self._started < time.monotonic() - seconds)
+        return self._key[old].tolist()
 
     def release(self, key: int) -> None:
         """Give a row's slot back."""
@@ -241,17 +244,9 @@ class SlotEngine:
         positions = self._cached[slots]
         positions[decode.size :] += np.arange(ends[-1] if ends.size else 0)
         positions[decode.size :] -= np.repeat(ends - chunk_lengths, chunk_lengths)
-        batch = plan_batch(slots, positions, decode.size, chunk_slots, chunk_lengths, self._cache)
+        batch = self._plan(slots, positions, decode.size, chunk_slots, chunk_lengths)
         device = batch.slots.device
-        tokens = torch.from_numpy(self._ids[slots, positions]).to(device)
-        self._cache.batch = batch
-        hidden = self.model.base_model(
-            input_ids=tokens[None],
-            position_ids=batch.positions[None],
-            past_key_values=self._cache,
-            use_cache=True,
-            slot_batch=batch,
-        ).last_hidden_state[0]  # [N, H]
+        hidden = self._hidden(upload(self._ids[slots, positions], device), batch.positions, batch)
         self._cached[decode] += 1
         self._cached[chunk_slots] += chunk_lengths
         self.stats.steps += 1
@@ -262,10 +257,31 @@ class SlotEngine:
         last = np.concatenate([np.arange(decode.size), decode.size + ends - 1])
         read = self._cached[slots] == self._length[slots]
         slots, last = slots[read], last[read]
-        logits = self._logits(hidden[torch.from_numpy(last).to(device)])  # [rows, V]
+        logits = self._logits(hidden[upload(last, device)])  # [rows, V]
         if self._leader:
             slots, logits = self._share_prompts(slots, logits)
         return self._sample(slots, logits)
+
+    def _plan(
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        n_decode: int,
+        chunk_slots: np.ndarray,
+        chunk_lengths: np.ndarray,
+    ) -> Batch:
+        return plan_batch(slots, positions, n_decode, chunk_slots, chunk_lengths, self._cache)
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        """Last hidden states [N, H] of a flat batch of tokens [N], at rotary positions [N]."""
+        self._cache.batch = batch
+        return self.model.base_model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            slot_batch=batch,
+        ).last_hidden_state[0]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The model's logits [rows, V] of hidden states [rows, H]; float32 also of low-precision weights."""
@@ -298,30 +314,42 @@ class SlotEngine:
                 source += [index] * followers.size
             if group.queue:
                 group.prefix, group.logits = self._cache.save(slot, length), logits[index]
-        return np.array(all_slots, np.int64), logits[
-            torch.tensor(source, dtype=torch.int64, device=logits.device)
-        ]
+        return np.array(all_slots, np.int64), logits[upload(np.array(source, np.int64), logits.device)]
 
     def _sample(self, slots: np.ndarray, logits: Tensor) -> list[tuple[int, bool]]:
         """Draw one token for each slot; returns the turns that end with it."""
         if not slots.size:
             return []
+        drawn = self._draw(slots, logits)
+        token, logp, entropy = drawn.token.cpu(), drawn.logp.float().cpu(), drawn.entropy.float().cpu()
+        return self._record(slots, token.numpy(), logp.numpy(), entropy.numpy())
+
+    def _draw(self, slots: np.ndarray, logits: Tensor) -> SampledTokens:
+        """The next token of each slot, all of whose tokens are known."""
+        seed, offset = (upload(x[slots], logits.device) for x in (self._seed, self._length))
+        return sample_logp_entropy(logits, temperature=self._temperature, seed=seed, offset=offset)
+
+    def _record(
+        self, slots: np.ndarray, token: np.ndarray, logp: np.ndarray, entropy: np.ndarray
+    ) -> list[tuple[int, bool]]:
+        """Append one sampled token to each slot; returns the turns that end with it."""
+        self._check_finite(logp)
         at = self._length[slots]
-        seed, offset = (torch.from_numpy(x).to(logits.device) for x in (self._seed[slots], at))
-        drawn = sample_logp_entropy(logits, temperature=self._temperature, seed=seed, offset=offset)
-        token, logp = drawn.token.cpu().numpy(), drawn.logp.float().cpu().numpy()
-        if not np.isfinite(logp).all():
-            self._cache.kv.zero_()
-            raise FloatingPointError("the model's logits are not finite")
         self._ids[slots, at] = token
         self._logp[slots, at] = logp
-        self._entropy[slots, at] = drawn.entropy.float().cpu().numpy()
+        self._entropy[slots, at] = entropy
         self._length[slots] = at + 1
+        self._begun[slots] = True
         stopped = self._is_stop[token]
         over = stopped | (at + 1 >= self._limit[slots])
         ended = slots[over]
         self._reading[ended] = False
         return list(zip(self._key[ended].tolist(), stopped[over].tolist(), strict=True))
+
+    def _check_finite(self, logp: np.ndarray) -> None:
+        if not np.isfinite(logp).all():
+            self._cache.kv.zero_()
+            raise FloatingPointError("the model's logits are not finite")
 
     def _admit(self) -> list[tuple[int, bool]]:
         """Give free slots to queued rows, in order; samples at once for those whose prompt has been read."""
@@ -358,6 +386,7 @@ class SlotEngine:
         self._cached[taken] = 0
         self._limit[taken] = group.limit
         self._reading[taken] = False
+        self._begun[taken] = False
         self._started[taken] = time.monotonic()
         self._slot.update((key, slot) for (key, _), slot in zip(entries, taken.tolist(), strict=True))
 
@@ -368,13 +397,15 @@ class SlotEngine:
         sources = np.flatnonzero(used[count:]) + count
         if not sources.size:
             return
-        targets = np.flatnonzero(~used[:count])
+        self._move(sources, np.flatnonzero(~used[:count]))
+
+    def _move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         self._cache.move(sources, targets, int(self._cached[sources].max()))
         for tokens in (self._ids, self._logp, self._entropy):
             tokens[targets] = tokens[sources]
         for state in (self._key, self._length, self._cached, self._limit, self._seed):
             state[targets] = state[sources]
-        for state in (self._reading, self._started):
+        for state in (self._reading, self._begun, self._started):
             state[targets] = state[sources]
         self._key[sources] = _FREE
         self._reading[sources] = False
