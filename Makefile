@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
+# In a folder of its own: where torchao is found, transformers imports it at every start.
+TORCHAO := $(VENV)/torchao
 
 .PHONY: train test lint ext bench clean
 
@@ -11,6 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "torch>=2.11,<2.14"
 	$(PY) -m pip install --quiet -e ".[test,bench]"
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(TORCHAO) "torchao>=0.18,<0.19"
 	touch $@
 
 train: $(VENV)/.installed
@@ -19,6 +22,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m pytest $(ARGS)
+	$(if $(ARGS),,PYTHONPATH=$(TORCHAO) $(PY) -m pytest tests/test_lowbit.py)
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check . $(ARGS)
