@@ -16,7 +16,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        if error.errno is not None:  # else a message of its own would be hidden
+            error.filename = str(path)
         raise
 
 

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 
 from autotool_fast import distributed
 from autotool_fast.loop import make_optimizers
-from autotool_fast.policy import PolicyModule, pack, packed_logp_entropy
-from autotool_fast.rollout.engine import SlotEngine
+from autotool_fast.packing import pack
+from autotool_fast.policy import PolicyModule, packed_logp_entropy
+from autotool_fast.rollout.late import open_slot_engine
 from benchmarks.episodes import Shape, make_model
 from benchmarks.measure import Call, one_line
 
@@ -157,7 +158,7 @@ def _decode(shape: Shape, device: torch.device, new: int, points: dict[int, tupl
         ids = _sequences(1, prompt, shape.vocab)[0].tolist()
 
         def prepare(i: int) -> Any:
-            engine = SlotEngine(model, slots=episodes, max_len=prompt + new)
+            engine = open_slot_engine(model, slots=episodes, max_len=prompt + new)
             session = engine.session(stop_ids=[], temperature=1.0)
             session.__enter__()
             engine.submit(ids, range(episodes), np.arange(episodes) + i, new)

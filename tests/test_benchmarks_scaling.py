@@ -120,14 +120,14 @@ def test_gradients_reach_the_trained_half_of_every_sequence():
 
 def test_decoding_is_timed_behind_the_prompt(monkeypatch):
     stats = []
-    engine_class = scaling_work.SlotEngine
+    open_engine = scaling_work.open_slot_engine
 
     def engine(*args, **kwargs):
-        made = engine_class(*args, **kwargs)
+        made = open_engine(*args, **kwargs)
         stats.append(made)
         return made
 
-    monkeypatch.setattr(scaling_work, "SlotEngine", engine)
+    monkeypatch.setattr(scaling_work, "open_slot_engine", engine)
     (call,) = scaling_work._decode(TINY, CPU, 5, {3: (3, 20)}).values()
     state = call.prepare(0)
     assert (stats[0].stats.prefill_tokens, stats[0].stats.decode_tokens) == (20, 0)
