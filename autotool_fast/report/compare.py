@@ -66,8 +66,9 @@ def render(variants: Sequence[Variant]) -> str:
     """The page as a string."""
     every = [(name, run) for v in variants for name, run in zip(v.names, v.runs, strict=True)]
     versions = run_table([name for name, _ in every], [{k: str(x) for k, x in flatten(r.versions)} for _, r in every])
-    total = len({key for v in variants for key in v.settings})
-    settings = run_table([v.label for v in variants], [v.settings for v in variants])
+    known = [v for v in variants if v.settings]
+    total = len({key for v in known for key in v.settings})
+    settings = run_table([v.label for v in known], [v.settings for v in known])
     return fill(
         "compare.html",
         name=" · ".join(v.label for v in variants),
@@ -82,8 +83,13 @@ def render(variants: Sequence[Variant]) -> str:
         settings=settings,
         same=total - (len(settings.rows) if settings else 0),
         versions=versions,
-        problems=[(name, run.problems) for name, run in every if run.problems],
+        problems=[(name, found) for name, run in every if (found := _problems(run))],
     )
+
+
+def _problems(run: Run) -> list[str]:
+    """What could not be read of the files that a comparison uses."""
+    return [problem for problem in run.problems if not problem.startswith("transcripts.jsonl")]
 
 
 def final_model(run: Run) -> str | None:
