@@ -82,15 +82,24 @@ class Browser:
         os.close(self._write)
         self._profile.cleanup()
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, scale: float = 1.0, dark: bool = False) -> None:
-        """Load a file in a viewport of CSS pixels and wait until it is laid out; below 600 pixels as a phone would."""
+    def open(
+        self, page: Path, width: int = 1280, *, scale: float = 1.0, dark: bool = False, paper: bool = False
+    ) -> None:
+        """Load a file and wait until it is laid out.
+
+        Args:
+            width: of the viewport, in CSS pixels; below 600 the browser behaves as on a phone.
+            scale: device pixels per CSS pixel.
+            dark: ask for the dark colour scheme.
+            paper: lay out as for print, in this viewport.
+        """
         self.requests.clear()
         self.complaints.clear()
         phone = width < 600
-        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone}
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": scale, "mobile": phone}
         self._call("Emulation.setDeviceMetricsOverride", **metrics)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self._call("Emulation.setEmulatedMedia", features=scheme)
+        self._call("Emulation.setEmulatedMedia", features=scheme, media="print" if paper else "")
         self._events.clear()
         self._call("Page.navigate", url=page.resolve().as_uri())
         self._wait("Page.loadEventFired")
