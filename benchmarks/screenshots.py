@@ -20,7 +20,7 @@ from benchmarks.provenance import ROOT
 
 IMAGES = ROOT / "docs" / "images"
 WIDTH = 1280
-MARGIN = 24
+MARGIN = 8
 ROWS_OF_CURVES = 2
 
 

@@ -155,6 +155,13 @@ def test_curves_of_different_length_keep_their_own_steps(tmp_path):
     assert 'class="leader c-v1"' in figure.svg
 
 
+def test_the_overview_names_what_tells_the_runs_apart_and_states_the_rest_once(study):
+    table, facts = compare._overview(load_variants(study))
+    assert table.columns == ("arm", "seed", "RL steps", "in charts")
+    assert texts(table)["none-2"] == ["none", "2", "39 of 240", "none"]
+    assert facts == ["start clean", "preset mini"]
+
+
 def test_settings_that_differ_are_listed_and_the_others_counted(tmp_path):
     runs = [write_run(tmp_path / name, 1) for name in "ab"]
 

@@ -66,6 +66,7 @@ def render(variants: Sequence[Variant]) -> str:
     """The page as a string."""
     every = [(name, run) for v in variants for name, run in zip(v.names, v.runs, strict=True)]
     versions = run_table([name for name, _ in every], [{k: str(x) for k, x in flatten(r.versions)} for _, r in every])
+    overview, facts = _overview(variants)
     known = [v for v in variants if v.settings]
     total = len({key for v in known for key in v.settings})
     settings = run_table([v.label for v in known], [v.settings for v in known])
@@ -73,7 +74,8 @@ def render(variants: Sequence[Variant]) -> str:
         "compare.html",
         name=" · ".join(v.label for v in variants),
         variants=variants,
-        overview=_overview(variants),
+        overview=overview,
+        facts=facts,
         headline=headline(variants),
         final=final_table(variants),
         training=training_table(variants),
@@ -235,18 +237,28 @@ def _points(new: float, old: float) -> str:
     return f"{abs(change_in_points):.1f} points {'more' if change_in_points > 0 else 'less'}"
 
 
-def _overview(variants: Sequence[Variant]) -> Table:
+def _facts(run: Run) -> dict[str, str]:
+    found = {key: run.setting(key) for key in ("preset", "arm", "start", "seed")}
+    return {key: DASH if value in (None, "") else str(value) for key, value in found.items()}
+
+
+def _overview(variants: Sequence[Variant]) -> tuple[Table, list[str]]:
+    """What tells the runs apart, as a table, and what they have in common, as facts."""
+    every = [(v, name, run, _facts(run)) for v in variants for name, run in zip(v.names, v.runs, strict=True)]
+    keys = ("arm", "start", "preset", "seed")
+    apart = [key for key in keys if len({facts[key] for *_, facts in every}) > 1]
+    common = every[0][3]
+    named = any(variant.label != name for variant, name, *_ in every)
     rows = []
-    for variant in variants:
-        for name, run in zip(variant.names, variant.runs, strict=True):
-            facts = [run.setting(key) for key in ("seed", "arm", "start", "preset")]
-            cells = [Cell(DASH if fact in (None, "") else str(fact)) for fact in facts]
-            planned, rows_of_rl = run.setting("rl.steps"), run.rows("rl")
-            reached = plain(float(rows_of_rl[-1]["step"])) if rows_of_rl else "0"
-            cells.append(Cell(f"{reached} of {planned}" if isinstance(planned, int) else reached))
-            rows.append((name, (*cells, Cell(variant.label))))
-    heads = ("seed", "arm", "start", "preset", "RL steps", "in charts")
-    return Table("Runs", heads, tuple(rows), corner="folder")
+    for variant, name, run, facts in every:
+        planned, done = run.setting("rl.steps"), run.rows("rl")
+        reached = plain(float(done[-1]["step"])) if done else "0"
+        steps = f"{reached} of {planned}" if isinstance(planned, int) else reached
+        texts = [*(facts[key] for key in apart), steps, *([variant.label] if named else [])]
+        rows.append((name, tuple(map(Cell, texts))))
+    heads = (*apart, "RL steps", *(["in charts"] if named else []))
+    shared = [f"{key} {common[key]}" for key in keys if key not in apart and common[key] != DASH]
+    return Table("Runs", heads, tuple(rows), corner="folder"), shared
 
 
 def curve(
