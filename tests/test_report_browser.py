@@ -155,7 +155,7 @@ def test_on_paper_folds_are_open_and_screen_furniture_is_gone(browser, pages):
         found = browser.evaluate(visible.format(opened))
         assert found
         assert all(found)
-    for gone in ("nav", "details.data", "details.long"):
+    for gone in ("nav", "details.data", "details.long", ".glimpse"):
         found = browser.evaluate(visible.format(gone))
         assert found
         assert not any(found)
