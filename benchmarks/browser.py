@@ -49,7 +49,7 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(prefix="browser", ignore_cleanup_errors=True)
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        # Chromium reads from descriptor 3 and writes to 4
+        # Chromium reads from descriptor 3 and writes to 4; as root it refuses to run with a sandbox
         flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars"
         pipes = f"--remote-debugging-pipe about:blank 3<&{to_browser} 4>&{from_browser}"
         command = f'exec "$0" {flags} --user-data-dir="$1" {pipes}'
