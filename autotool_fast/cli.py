@@ -77,6 +77,18 @@ def load_preset(name: str, given: dict[str, Any] | None = None) -> TrainConfig:
     return config
 
 
+def preset_settings(name: str) -> dict[str, Any]:
+    """What a preset and those it extends set, as nested dicts; not checked, and without the defaults.
+
+    Raises:
+        UserError: no such preset, invalid TOML, or presets that extend each other.
+    """
+    values: dict[str, Any] = {}
+    for _, layer in reversed(_layers(_preset_path(name, "--preset"))):
+        _lay(values, layer)
+    return values
+
+
 def _preset_path(name: str, where: str) -> Path:
     path = Path(name) if name.endswith(".toml") or "/" in name else PRESETS / f"{name}.toml"
     if path.parent == PRESETS and not path.is_file():

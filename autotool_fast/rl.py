@@ -363,6 +363,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float]
         if members[name]:
             metrics[f"acc/{name}"] = float(correct[members[name]].mean())
             metrics[f"think_rate/{name}"] = float(thinks[members[name]].mean())
+            metrics[f"tokens/{name}"] = float(tokens[members[name]].mean())
     return metrics
 
 

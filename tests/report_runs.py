@@ -8,6 +8,9 @@ import random
 import re
 from pathlib import Path
 
+from autotool_fast.cli import load_preset
+from autotool_fast.config import to_dict
+
 FAMILIES = {"set": (0,), "hop": range(1, 7), "reg": range(1, 7), "cups": range(1, 7), "irrelevant": (0, 1)}
 
 
@@ -15,21 +18,24 @@ def band(k: float) -> str:
     return "easy" if k < 1 else "medium" if k <= 3 else "hard"
 
 
-def think_rate(step: int, k: int) -> float:
-    """A dip over all difficulties, then a recovery of the hard ones."""
+def think_rate(step: int, k: int, arm: str = "decoupled") -> float:
+    """A dip over all difficulties, then a recovery of the hard ones; without constraints the dip stays."""
     start = 0.5 * math.exp(-step / 20)
+    if arm == "none":
+        return start
     back = 1 / (1 + math.exp(-(step - 120 - 6 * (6 - k)) / 9)) if k >= 2 else 0.0
     return min(1.0, start + 0.97 * back)
 
 
-def rl_row(step: int, rng: random.Random) -> dict:
+def rl_row(step: int, rng: random.Random, arm: str = "decoupled") -> dict:
     noise = lambda size: rng.gauss(0, size)  # noqa: E731
     clip = lambda v: min(1.0, max(0.0, v))  # noqa: E731
     row: dict = {"stage": "rl", "step": step, "seconds": 0.62 * (step + 1)}
     for k in range(7):
-        rate = clip(think_rate(step, k) + noise(0.04))
+        rate = clip(think_rate(step, k, arm) + noise(0.04))
         direct = (1.0, 0.55, 0.17, 0.13, 0.12, 0.12, 0.11)[k]
         row[f"think_rate/k{k}"] = rate
+        row[f"tokens/k{k}"] = 9 + rate * (8 + 2 * k)
         row[f"acc/k{k}"] = clip(rate * 0.97 + (1 - rate) * direct + noise(0.03))
     for metric in ("think_rate", "acc"):
         for name, ks in (("easy", (0,)), ("medium", (1, 2, 3)), ("hard", (4, 5, 6))):
@@ -46,7 +52,7 @@ def rl_row(step: int, rng: random.Random) -> dict:
         "entropy/mode": 0.65 * math.exp(-((step - 125) ** 2) / 1800) + 0.5 * math.exp(-step / 15) + 0.03,
         "target/long": 0.15,
         "target/short": 0.1,
-        "beta/long": 0.05 + 0.15 * math.exp(-((step - 110) ** 2) / 2500),
+        "beta/long": 0.0 if arm == "none" else 0.05 + 0.15 * math.exp(-((step - 110) ** 2) / 2500),
         "beta/short": 0.0,
         "loss/policy": noise(0.05),
         "grad_norm": abs(0.6 + noise(0.2)),
@@ -59,8 +65,8 @@ def rl_row(step: int, rng: random.Random) -> dict:
     return row
 
 
-def metric_rows(rl_steps: int) -> list[dict]:
-    rng = random.Random(0)
+def metric_rows(rl_steps: int, seed: int = 0, arm: str = "decoupled") -> list[dict]:
+    rng = random.Random(seed)
     rows = []
     for stage, steps, floor in (("base", 1400, 0.08), ("warmup", 150, 0.05), ("distill", 150, 0.04)):
         for step in range(0, steps, 5):
@@ -70,9 +76,9 @@ def metric_rows(rl_steps: int) -> list[dict]:
             rows.append(
                 {"stage": stage, "step": step, "seconds": 0.12 * (step + 1), "loss/sft": loss} | timing
             )
-    rows += [rl_row(step, rng) for step in range(rl_steps)]
+    rows += [rl_row(step, rng, arm) for step in range(rl_steps)]
     for row in rows[-rl_steps::20] if rl_steps else ():
-        row["eval/accuracy"] = row["acc/all"]
+        row["eval/accuracy"], row["eval/tokens"] = row["acc/all"], row["tokens/response"]
         row |= {f"eval/{key}": v for key, v in row.items() if key.startswith(("acc/", "think_rate/"))}
     return rows
 
@@ -126,7 +132,9 @@ def result_cells(accuracy, think: bool | None, rate=None) -> dict:
     return {"overall": pool(cells), "bands": bands, "cells": cells}
 
 
-def results() -> dict:
+def results(seed: int = 0, arm: str = "decoupled") -> dict:
+    routed = 0.05 if arm == "none" else 0.93 - 0.01 * seed
+
     def skill(direct: float, thought: float):
         def accuracy(k: int, share: float) -> float:
             guess = 1.0 if k == 0 else 0.5 if k == 1 else 0.12
@@ -139,7 +147,7 @@ def results() -> dict:
         ("base", 1.0, 0.95, lambda k: 0.5),
         ("distilled", 0.6, 0.98, lambda k: 1.0),
         ("warmup", 1.0, 0.96, lambda k: 0.05 + 0.05 * k),
-        ("rl", 1.0, 0.98, lambda k: 0.01 if k <= 1 else 0.93),
+        ("rl", 1.0, 0.98, lambda k: 0.01 if k <= 1 else routed),
     ):
         accuracy = skill(direct, thought)
         models[name] = {
@@ -194,25 +202,26 @@ def transcript_rows(n: int = 40) -> list[dict]:
     return rows
 
 
-def write_run(path: Path, rl_steps: int = 200, evaluated: bool = True, with_transcripts: bool = True) -> Path:
+def write_run(
+    path: Path,
+    rl_steps: int = 200,
+    evaluated: bool = True,
+    with_transcripts: bool = True,
+    seed: int = 0,
+    arm: str = "decoupled",
+) -> Path:
     """A run folder like the trainer's, complete unless told otherwise."""
     path.mkdir(parents=True)
-    config = {
-        "preset": "mini",
-        "seed": 0,
-        "rl": {"arm": "decoupled", "steps": 240, "lr": 3e-4},
-        "data": {"path": None},
-    }
-    config["reward"] = {"correct_no_think": 1.0, "correct_think": 0.5, "clip": [0.2, 0.2]}
+    config = to_dict(load_preset("mini")) | {"seed": seed, "arm": arm, "out": str(path)}
     (path / "config.json").write_text(json.dumps({"config": config, "versions": {"torch": "2.13.0"}}))
     (path / "stages").mkdir()
     for stage, summary in summaries().items():
         if evaluated or stage not in ("rl", "eval"):
             (path / "stages" / f"{stage}.json").write_text(json.dumps(summary))
-    rows = metric_rows(rl_steps)
+    rows = metric_rows(rl_steps, seed, arm)
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if evaluated:
-        (path / "results.json").write_text(json.dumps(results()))
+        (path / "results.json").write_text(json.dumps(results(seed, arm)))
     if with_transcripts:
         (path / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in transcript_rows()))
     return path

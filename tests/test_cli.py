@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from autotool_fast.cli import PRESETS, load_preset
+from autotool_fast.cli import PRESETS, load_preset, preset_settings
 from autotool_fast.config import STAGES, parse_args
 from autotool_fast.errors import UserError
 from autotool_fast.train import main
@@ -80,6 +80,14 @@ def test_no_options_mean_the_mini_preset():
 )
 def test_lists_may_be_separated_by_commas_or_blanks(argv):
     assert parse_args([*argv, "--seed", "1"]).stages == ("base", "label")
+
+
+
+def test_what_a_preset_sets_is_that_of_the_presets_it_extends_and_its_own(tmp_path):
+    (tmp_path / "one.toml").write_text("arm = 'none'\n[rl]\nsteps = 5\nlr = 1e-3\n")
+    path = tmp_path / "two.toml"
+    path.write_text(f"extends = {str(tmp_path / 'one.toml')!r}\n[rl]\nsteps = 7\n")
+    assert preset_settings(str(path)) == {"arm": "none", "rl": {"steps": 7, "lr": 1e-3}}
 
 
 def test_dashes_and_underscores_are_the_same():

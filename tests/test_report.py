@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -17,11 +16,12 @@ from xml.etree import ElementTree
 import pytest
 from report_runs import metric_rows, results, transcript_rows, write_run
 
+from autotool_fast.config import TrainConfig
 from autotool_fast.errors import UserError
-from autotool_fast.report import build as build_module
-from autotool_fast.report import charts, tables, transcripts, write_report
+from autotool_fast.report import charts, figures, settings, tables, times, transcripts, write_report
 from autotool_fast.report.__main__ import main
 from autotool_fast.report.load import load_run
+from autotool_fast.report.scatter import Point
 
 ATTACK = "</script><img src=x onerror=alert(1)><b onclick='x'>\"'&"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -99,7 +99,8 @@ def test_a_complete_run_gives_one_small_self_contained_page(html):
         if name in ("href", "xlink:href"):
             assert value.startswith("#")
             assert ("id", value[1:]) in page.attributes
-    assert re.search(r"https?://|@import|url\(", html) is None
+        assert "//" not in value
+    assert re.search(r"https?://|@import|url\(", "".join(page.raw["style"] + page.raw["script"])) is None
     assert page.tags.count("section") == 9
     assert "missing" not in [value for name, value in page.attributes if name == "class"]
 
@@ -274,20 +275,6 @@ def test_results_of_the_wrong_shape_do_not_stop_the_report(tmp_path, value):
     assert "Reinforcement learning" in Page(build(path)).text
 
 
-def test_not_finite_values_are_gaps_and_not_zeros(tmp_path):
-    y = [1.0, 2.0, math.nan, 3.0, 4.0, None, 5.0]
-    svg = charts.line_chart(
-        [charts.Series("a", range(7), y, "c-ink")], x_label="step", y_label="value", description="d"
-    )
-    paths = re.findall(r'<path class="line c-ink" d="([^"]*)"', svg)
-    assert [path.count("M") for path in paths] == [2]
-    assert svg.count('<circle class="dot') == 1
-    assert (
-        charts.line_chart([charts.Series("a", [0], [None], "c-ink")], x_label="", y_label="", description="")
-        is None
-    )
-
-
 def test_a_diverged_run_is_drawn(tmp_path):
     path = write_run(tmp_path / "run", rl_steps=2)
     with (path / "metrics.jsonl").open("a") as file:
@@ -303,7 +290,7 @@ def test_a_diverged_run_is_drawn(tmp_path):
 
 def test_every_chart_is_well_formed_labelled_and_inside_its_box(html):
     drawings = svgs(html)
-    assert len(drawings) == 17
+    assert len(drawings) == 19
     for svg in drawings:
         assert svg.get("aria-label")
         assert len([t for t in svg.iter() if t.get("class") == "label" and t.text]) == 2
@@ -317,63 +304,6 @@ def test_every_chart_is_well_formed_labelled_and_inside_its_box(html):
             assert -0.5 <= float(y) <= height + 0.5
 
 
-@pytest.mark.parametrize("level", [0.0, 0.5, 0.99])
-def test_direct_labels_of_close_lines_do_not_overlap(level):
-    series = [charts.Series(name, [0, 1], [0.5, level + i / 1000], "c-ink") for i, name in enumerate("abcd")]
-    svg = charts.line_chart(series, x_label="x", y_label="y", description="d", y_range=(0, 1))
-    heights = sorted(float(y) for y in re.findall(r'class="direct c-ink" x="[\d.]+" y="([\d.]+)"', svg))
-    # 12 is the font size in user units
-    assert all(b - a >= 12 for a, b in itertools.pairwise(heights))
-    assert len(heights) == 4
-    # the plot of a 270 high chart reaches from 30 to 226
-    assert heights[0] >= 30
-    assert heights[-1] <= 230
-
-
-def test_tooltips_name_the_step_and_every_line():
-    series = [
-        charts.Series("a", [0, 1], [0.25, 0.5], "c-ink", raw=[0.2, 0.6]),
-        charts.Series("b", [1], [1.0], "c-ink"),
-    ]
-    svg = charts.line_chart(
-        series, x_label="RL step", y_label="y", description="d", as_percent=True, y_range=(0, 1)
-    )
-    assert "<title>RL step 1\na: 50% (step 60%)\nb: 100%</title>" in svg
-
-
-def test_smoothing_is_a_centred_mean_that_skips_gaps():
-    assert charts.smooth([0.0, 3.0, 6.0, None, 10.0], 3) == [1.5, 3.0, 4.5, None, 10.0]
-
-
-def test_long_runs_are_averaged_in_bins_that_cover_every_step():
-    parts = charts.bins(1003, 400)
-    assert [i for part in parts for i in part] == list(range(1003))
-    assert {len(part) for part in parts} == {2, 3}
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.13, 0.82), (3e-7, 9e-6), (17, 1740), (0.6931, 0.6932)])
-def test_ticks_cover_the_range_with_a_handful_of_round_steps(low, high):
-    ticks = charts.nice_ticks(low, high)
-    assert ticks[0] <= low
-    assert ticks[-1] >= high
-    assert 3 <= len(ticks) <= 8
-    mantissa = (ticks[1] - ticks[0]) / 10 ** math.floor(math.log10(ticks[1] - ticks[0]) + 1e-6)
-    assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5)) < 1e-3
-
-
-def test_the_heat_map_colours_by_value_and_crosses_out_gaps():
-    svg = charts.heat_map(
-        [("k=0", [0.0, 1.0]), ("k=1", [None, 0.58])], [3, 4], x_label="step", y_label="k", description="d"
-    )
-    cells = re.findall(r'<rect class="hit cell (\w+)" .*?<title>(.*?)</title>', svg)
-    assert cells == [
-        ("h0", "k=0, step 3: 0%"),
-        ("h10", "k=0, step 4: 100%"),
-        ("gap", "k=1, step 3: no sample"),
-        ("h6", "k=1, step 4: 58%"),
-    ]
-
-
 def test_wilson_interval_matches_published_values():
     # 0 of 10 has the closed form z^2 / (n + z^2); 81 of 263 is an example of Newcombe 1998, method 3
     assert tables.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=2e-4)
@@ -382,12 +312,12 @@ def test_wilson_interval_matches_published_values():
 
 def test_lines_of_equal_acu_go_through_points_with_that_acu(full):
     run = load_run(full)
-    figure = build_module.trade_figure(run)
+    figure = figures.trade_figure(run)
     assert "lines of equal ACU" in figure.caption
     cell = run.cell("rl")
-    points = [charts.Point(cell["tokens"], cell["accuracy"], "c-rl", "circle", "")]
+    points = [Point(cell["tokens"], cell["accuracy"], "c-rl", "circle", "")]
     factor = cell["acu"] * cell["tokens"] / cell["accuracy"]
-    for line in build_module._iso_lines(points, [factor]):
+    for line in figures.iso_lines(points, [factor]):
         acu = float(line.label.removeprefix("ACU "))
         # a point on the line at 10 tokens has the accuracy that gives this ACU
         assert factor * (line.slope * 10) / 10 == pytest.approx(acu)
@@ -400,7 +330,7 @@ def test_acu_that_no_single_factor_explains_gets_no_lines(tmp_path):
         value["models"]["rl"]["auto"]["overall"]["acu"] *= 1.5
 
     edit_json(path / "results.json", other_size)
-    figure = build_module.trade_figure(load_run(path))
+    figure = figures.trade_figure(load_run(path))
     assert "No ACU lines" in figure.caption
     assert 'class="iso"' not in figure.svg
 
@@ -412,11 +342,11 @@ def test_a_resumed_run_counts_each_step_once_and_all_of_its_time(tmp_path):
     run = load_run(tmp_path)
     assert [row["reward/mean"] for row in run.rows("rl")] == [0.0, 0.0, 1.0, 1.0]
     # 20 s up to the checkpoint, then 8 s after the restart of the clock
-    assert tables.stage_seconds(run.rows("rl")) == 28.0
+    assert times.stage_seconds(run.rows("rl")) == 28.0
 
 
 def test_phase_shares_are_of_the_stage_and_sparse_stages_have_none(full):
-    timing = {t.stage: t for t in tables.timings(load_run(full))}
+    timing = {t.stage: t for t in times.timings(load_run(full))}
     rollout = next(phase for phase in timing["RL"].phases if phase[0] == "rollout")
     rows = [row for row in metric_rows(200) if row["stage"] == "rl"]
     assert rollout[3] == f"{100 * sum(r['time/rollout'] for r in rows) / 1000 / (0.62 * 200):.1f}%"
@@ -539,3 +469,130 @@ def test_the_entropy_chart_says_over_which_tokens(tmp_path, scope, text):
     record["config"]["rl"]["entropy_scope"] = scope
     (path / "config.json").write_text(json.dumps(record))
     assert text in write_report(path).read_text()
+
+
+def test_settings_that_differ_from_the_preset_are_listed_with_both_values(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=1)
+    assert "Every setting is that of preset mini." in Page(build(path)).text
+
+    def change(value):
+        value["config"]["rl"] |= {"steps": 60, "target_long": 0.2, "lr": 1e-3}
+        value["config"]["rollout"]["max_calls"] = 3
+
+    edit_json(path / "config.json", change)
+    table, note = settings.preset_table(load_run(path))
+    assert {key: [cell.text for cell in cells] for key, cells in table.rows} == {
+        # the first two are set in the preset's file, the others are defaults
+        "rl.steps": ["60", "240"],
+        "rl.target_long": ["0.2", "0.4"],
+        "rl.lr": ["0.001", str(TrainConfig().rl.lr)],
+        "rollout.max_calls": ["3", str(TrainConfig().rollout.max_calls)],
+    }
+    assert note == "4 settings differ from preset mini."
+    assert note in Page(build(path)).text
+
+
+def test_a_preset_that_is_not_here_is_named_and_not_taken_for_no_difference(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=1)
+    edit_json(path / "config.json", lambda value: value["config"].update(preset="gone/mine.toml"))
+    table, note = settings.preset_table(load_run(path))
+    assert table is None
+    assert note.startswith("What differs from the preset is not known: gone/mine.toml")
+
+
+def test_the_phases_of_a_profiled_run_are_shown(tmp_path):
+    path = write_run(tmp_path / "run", rl_steps=1)
+    assert "Profile" not in Page(build(path)).text
+    phases = [
+        {"phase": "rollout", "seconds": 6.0, "share": 0.75, "ms_per_step": 600.0, "calls": 10},
+        {"phase": "rollout / tool wait", "seconds": 0.05, "share": 0.00625, "ms_per_step": 5.0, "calls": 31},
+        {"phase": "other", "seconds": 1.95, "share": 0.24375, "ms_per_step": None, "calls": 0},
+    ]
+    (path / "profile").mkdir()
+    entry = {"seconds": 8.0, "steps": 10, "phases": phases}
+    (path / "profile" / "phases.json").write_text(json.dumps({"rl": entry, "base": "broken"}))
+    (table,) = times.profile_tables(load_run(path))
+    assert (table.title, table.note) == ("RL", "8.0 s in 10 steps")
+    assert {label: [cell.text for cell in cells] for label, cells in table.rows} == {
+        "rollout": ["6.0 s", "75.0%", "600.0", "10"],
+        "rollout / tool wait": ["50 ms", "0.6%", "5.0", "31"],
+        "other": ["1.9 s", "24.4%", "–", "–"],
+    }
+    assert "rollout / tool wait" in Page(build(path)).text
+
+
+def test_every_chart_over_steps_has_its_values_as_a_table(full, html):
+    run = load_run(full)
+    for figure in (
+        *figures.rl_figures(run),
+        *figures.held_out_figures(run),
+        *figures.heat_figures(run),
+        *figures.sft_figures(run),
+    ):
+        assert len(figure.data.rows) == figures.DATA_ROWS or figure.title.startswith("Held-out"), figure.title
+    coefficients = next(f for f in figures.rl_figures(run) if f.title == "Entropy coefficients").data
+    assert coefficients.columns == ("β long", "β short")
+    rows = [row for row in metric_rows(200) if row["stage"] == "rl"]
+    assert (coefficients.rows[0][0], coefficients.rows[-1][0]) == ("0", "199")
+    assert coefficients.rows[0][1][0].text == tables.significant(rows[0]["beta/long"])
+    assert coefficients.rows[-1][1][0].text == tables.significant(rows[-1]["beta/long"])
+    assert html.count('<details class="data">') == len(svgs(html)) - 1  # the table of the scatter plot stands beside it
+
+
+def test_tokens_are_mapped_by_difficulty_where_they_were_logged(full, tmp_path):
+    titles = [f.title for f in figures.heat_figures(load_run(full))]
+    assert titles == [
+        "Thinking rate by step and difficulty",
+        "Accuracy by step and difficulty",
+        "Response tokens by step and difficulty",
+    ]
+    figure = figures.heat_figures(load_run(full))[2]
+    rows = [row for row in metric_rows(200) if row["stage"] == "rl"]
+    part = charts.bins(200, figures.DATA_ROWS)[-1]
+    expected = sum(rows[i]["tokens/k6"] for i in part) / len(part)
+    assert figure.data.rows[-1][1][6].text == tables.tokens(expected)
+    row = {"stage": "rl", "step": 1, "think_rate/k0": 0.5, "acc/k0": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
+    assert len(figures.heat_figures(load_run(tmp_path))) == 2
+
+
+def reply(*texts: str) -> list[transcripts.Piece]:
+    tokens = [{"text": text, "source": 1, "logp": -0.1, "entropy": 0.3 * (text == "x")} for text in texts]
+    return list(transcripts.transcript({"tokens": tokens}).pieces)
+
+
+def test_a_tool_call_is_folded_with_its_tokens_and_its_highest_shade():
+    # the tags are parts of tokens here and whole tokens there
+    call = ('<tool_call>\n{"name": "go", ', "x", '"}\n</tool', "_call>\n")
+    pieces = reply("[no_think]\n", *call, "<tool_call>", "y", " z")
+    assert [p.kind for p in pieces] == ["sampled", "call", "call"]
+    first, cut_off = pieces[1:]
+    assert tuple(p.text for p in first.inside) == call
+    assert first.fold == "tool call, 4 tokens"
+    assert first.glimpse == '{"name": "go", x"}'
+    assert first.shade == transcripts.entropy_shade(0.3) == 4
+    assert [p.text for p in cut_off.inside] == ["<tool_call>", "y", " z"]
+    assert cut_off.shade == 0
+
+
+def test_a_bare_call_is_folded_too():
+    pieces = reply("[think]", "hm ", '{"name": "go"', ', "parameters": {}}', "<|eot_id|>")
+    assert [(p.kind, len(p.inside)) for p in pieces] == [("sampled", 0), ("sampled", 0), ("call", 2), ("sampled", 0)]
+
+
+def test_a_turn_of_the_user_is_not_called_a_tool_result():
+    def fold(text: str) -> str:
+        return transcripts.transcript({"tokens": [{"text": text, "source": 2}]}).pieces[0].fold
+
+    assert fold("<|im_start|>user\n4<|im_end|>") == "next user turn, 1 token"
+    assert fold("<|im_start|>user\n<tool_response>4</tool_response>") == "tool result, 1 token"
+    assert fold("<|im_start|>tool\n4") == "tool result, 1 token"
+
+
+def test_the_report_can_be_written_elsewhere(tmp_path, capsys):
+    path = write_run(tmp_path / "run", rl_steps=1)
+    out = tmp_path / "page.html"
+    assert main([str(path), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert "AutoTool run report" in out.read_text()
+    assert not (path / "report.html").exists()

@@ -97,6 +97,8 @@ def test_a_step_moves_weights_and_controller_and_reports_what_it_did(make):
     assert metrics["acc/hard"] == metrics["acc/k4"] == 0.75
     assert metrics["think_rate/all"] == 6 / 12
     assert metrics["think_rate/hard"] == 0.75
+    by_level = [t.n_response_tokens for t in trajectories if t.task.difficulty == 4]
+    assert metrics["tokens/k4"] == metrics["tokens/hard"] == np.mean(by_level)
     assert metrics["malformed"] == 2 / 12
     assert metrics["groups/constant"] == 0.0
     assert metrics["beta/long"] == 0.01  # the coefficient that served this step

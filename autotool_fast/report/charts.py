@@ -1,4 +1,4 @@
-"""Charts as inline SVG: line chart, heat map, scatter plot, share bar.
+"""Charts as inline SVG: line chart, heat map, share bar, and the axes they share with `scatter`.
 
 Pure functions from numbers to an SVG string. Colours are CSS classes of style.css, so a chart follows dark
 mode and print; nothing uses a style attribute, so the page can forbid them. All text is escaped here. Values
@@ -14,19 +14,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 480
+WIDTH = 400
 MAX_POINTS = 400
 MAX_HOVER = 80
 HEAT_LEVELS = 11
-_TEXT = 6.4  # mean width in user units of a 12-unit sans-serif character
-_LINE = 14
+TEXT = 6.4  # mean width in user units of a 12-unit sans-serif character
+BOLD = 7.4  # the same in bold
+LINE = 14
 
 Values = Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `colour` is a class of style.css; `raw` (same x) is drawn thin behind `y`."""
+    """One line. `colour` is a class of style.css; `raw` (same x) is drawn thin behind `y`, the space between the two
+    limits of `band` (same x) shaded."""
 
     label: str
     x: Sequence[float]
@@ -34,26 +36,7 @@ class Series:
     colour: str
     raw: Values | None = None
     dashed: bool = False
-
-
-@dataclass(frozen=True)
-class Point:
-    """One mark of a scatter plot: shape circle, triangle or square, and its label if it has one."""
-
-    x: float
-    y: float
-    colour: str
-    shape: str
-    tip: str
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class IsoLine:
-    """The line y = slope * x."""
-
-    slope: float
-    label: str
+    band: tuple[Values, Values] | None = None
 
 
 def finite(value: float | None) -> bool:
@@ -118,24 +101,27 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}".removesuffix(".0") + "%"
 
 
-def _n(value: float) -> str:
+def short(value: float) -> str:
+    """A coordinate in tenths of a user unit."""
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _text(x: float, y: float, content: str, css: str, anchor: str = "start") -> str:
-    return f'<text class="{css}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{escape(content)}</text>'
+def draw_text(x: float, y: float, content: str, css: str, anchor: str = "start") -> str:
+    """A line of text, escaped."""
+    return f'<text class="{css}" x="{short(x)}" y="{short(y)}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
-def _svg(height: float, description: str, parts: list[str]) -> str:
+def draw_svg(height: float, description: str, parts: list[str]) -> str:
+    """The parts as one drawing, `WIDTH` wide."""
     body = "".join(parts)
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {_n(height)}" role="img" '
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {short(height)}" role="img" '
         f'aria-label="{escape(description)}">{body}</svg>'
     )
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Plot area and the two scales; x and y ticks include the ends of the y range."""
 
     left: float
@@ -156,10 +142,12 @@ class _Frame:
         return (value - low) / (high - low)
 
     def x(self, value: float) -> float:
+        """Position of a value on the x axis."""
         share = self._share(value, self.x_low, self.x_high, self.log_x)
         return self.left + share * (self.right - self.left)
 
     def y(self, value: float) -> float:
+        """Position of a value on the y axis."""
         share = self._share(value, self.y_low, self.y_high, self.log_y)
         return self.bottom - share * (self.bottom - self.top)
 
@@ -171,18 +159,19 @@ class _Frame:
         y_label: str,
         y_format: Callable[[float], str],
     ) -> list[str]:
+        """Grid lines, ticks and the names of both axes."""
         parts = []
         for tick in y_ticks:
             y = self.y(tick)
-            parts.append(f'<path class="grid" d="M{_n(self.left)} {_n(y)}H{_n(self.right)}"/>')
-            parts.append(_text(self.left - 6, y + 4, y_format(tick), "tick", "end"))
+            parts.append(f'<path class="grid" d="M{short(self.left)} {short(y)}H{short(self.right)}"/>')
+            parts.append(draw_text(self.left - 6, y + 4, y_format(tick), "tick", "end"))
         for tick in x_ticks:
             x = self.x(tick)
-            parts.append(f'<path class="axis" d="M{_n(x)} {_n(self.bottom)}v4"/>')
-            parts.append(_text(x, self.bottom + 17, plain(tick), "tick", "middle"))
-        parts.append(f'<path class="axis" d="M{_n(self.left)} {_n(self.bottom)}H{_n(self.right)}"/>')
-        parts.append(_text(self.left, self.top - 10, y_label, "label"))
-        parts.append(_text((self.left + self.right) / 2, self.bottom + 35, x_label, "label", "middle"))
+            parts.append(f'<path class="axis" d="M{short(x)} {short(self.bottom)}v4"/>')
+            parts.append(draw_text(x, self.bottom + 17, plain(tick), "tick", "middle"))
+        parts.append(f'<path class="axis" d="M{short(self.left)} {short(self.bottom)}H{short(self.right)}"/>')
+        parts.append(draw_text(self.left, self.top - 10, y_label, "label"))
+        parts.append(draw_text((self.left + self.right) / 2, self.bottom + 35, x_label, "label", "middle"))
         return parts
 
 
@@ -193,15 +182,15 @@ def _spread(positions: Sequence[float], low: float, high: float) -> list[float]:
     floor = low
     for i in order:
         placed[i] = max(positions[i], floor)
-        floor = placed[i] + _LINE
+        floor = placed[i] + LINE
     ceiling = high
     for i in reversed(order):
         placed[i] = min(placed[i], ceiling)
-        ceiling = placed[i] - _LINE
+        ceiling = placed[i] - LINE
     return placed
 
 
-def _path(frame: _Frame, x: Sequence[float], y: Values, css: str) -> str:
+def _path(frame: Frame, x: Sequence[float], y: Values, css: str) -> str:
     """A polyline that breaks at gaps; a lone point between gaps becomes a dot."""
     runs: list[list[tuple[float, float]]] = [[]]
     for xv, yv in zip(x, y, strict=True):
@@ -209,13 +198,32 @@ def _path(frame: _Frame, x: Sequence[float], y: Values, css: str) -> str:
             runs[-1].append((frame.x(xv), frame.y(yv)))
         elif runs[-1]:
             runs.append([])
-    d = "".join("M" + "L".join(f"{_n(px)} {_n(py)}" for px, py in run) for run in runs if len(run) > 1)
+    d = "".join("M" + "L".join(f"{short(px)} {short(py)}" for px, py in run) for run in runs if len(run) > 1)
     dots = "".join(
-        f'<circle class="dot {css}" cx="{_n(run[0][0])}" cy="{_n(run[0][1])}" r="2.5"/>'
+        f'<circle class="dot {css}" cx="{short(run[0][0])}" cy="{short(run[0][1])}" r="2.5"/>'
         for run in runs
         if len(run) == 1
     )
     return (f'<path class="line {css}" d="{d}"/>' if d else "") + dots
+
+
+def _end(series: Series, log_y: bool) -> tuple[float, float]:
+    """The last point that can be drawn."""
+    points = zip(reversed(series.x), reversed(series.y), strict=True)
+    return next((x, v) for x, v in points if finite(v) and not (log_y and v <= 0))
+
+
+def _area(frame: Frame, series: Series, low: Values, high: Values) -> str:
+    """The shaded stretches between two limits; gaps end a stretch."""
+    runs: list[list[tuple[float, float, float]]] = [[]]
+    for x, a, b in zip(series.x, low, high, strict=True):
+        if finite(a) and finite(b) and not (frame.log_y and a <= 0):
+            runs[-1].append((frame.x(x), frame.y(a), frame.y(b)))
+        elif runs[-1]:
+            runs.append([])
+    outlines = ([(x, b) for x, _, b in run] + [(x, a) for x, a, _ in reversed(run)] for run in runs if len(run) > 1)
+    d = "".join("M" + "L".join(f"{short(x)} {short(y)}" for x, y in outline) + "Z" for outline in outlines)
+    return f'<path class="band {series.colour}" d="{d}"/>' if d else ""
 
 
 def _thin(series: Series) -> Series:
@@ -228,7 +236,8 @@ def _thin(series: Series) -> Series:
 
     x = [float(series.x[part[-1]]) for part in parts]
     raw = reduce(series.raw) if series.raw is not None else None
-    return Series(series.label, x, reduce(series.y), series.colour, raw, series.dashed)
+    band = (reduce(series.band[0]), reduce(series.band[1])) if series.band is not None else None
+    return Series(series.label, x, reduce(series.y), series.colour, raw, series.dashed, band)
 
 
 def _x_ticks(low: float, high: float, whole: bool) -> list[float]:
@@ -245,7 +254,7 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     log_y: bool = False,
     as_percent: bool = False,
-    height: float = 270,
+    height: float = 240,
 ) -> str | None:
     """A line chart with a direct label at the end of each line; None if no series has a finite value.
 
@@ -258,7 +267,7 @@ def line_chart(
     drawn = [_thin(s) for s in series if any(finite(v) and not (log_y and v <= 0) for v in s.y)]
     if not drawn:
         return None
-    pairs = [(x, v) for s in drawn for vs in (s.y, s.raw or ()) for x, v in zip(s.x, vs, strict=False)]
+    pairs = [(x, v) for s in drawn for vs in (s.y, s.raw or (), *(s.band or ())) for x, v in zip(s.x, vs, strict=False)]
     ys = [v for _, v in pairs if finite(v) and not (log_y and v <= 0)]
     xs = [x for s in drawn for x in s.x]
     x_low, x_high = min(xs), max(xs)
@@ -269,20 +278,23 @@ def line_chart(
     if not log_y:
         y_low, y_high = y_ticks[0], y_ticks[-1]
     write = percent if as_percent else plain
-    left = 14 + _TEXT * max(len(write(t)) for t in y_ticks)
-    right = WIDTH - 14 - _TEXT * max(len(s.label) for s in drawn)
-    frame = _Frame(left, right, 30, height - 44, x_low, x_high, y_low, y_high, log_y=log_y)
+    left = 14 + TEXT * max(len(write(t)) for t in y_ticks)
+    right = WIDTH - 12 - BOLD * max(len(s.label) for s in drawn)
+    frame = Frame(left, right, 30, height - 44, x_low, x_high, y_low, y_high, log_y=log_y)
     parts = frame.axes(_x_ticks(x_low, x_high, whole=True), y_ticks, x_label, y_label, write)
+    parts += [_area(frame, s, *s.band) for s in drawn if s.band is not None]
     parts += [_path(frame, s.x, s.raw, f"raw {s.colour}") for s in drawn if s.raw is not None]
     parts += [_path(frame, s.x, s.y, s.colour + (" dashed" if s.dashed else "")) for s in drawn]
-    ends = [next(v for v in reversed(s.y) if finite(v) and not (log_y and v <= 0)) for s in drawn]
-    places = _spread([frame.y(v) for v in ends], frame.top + 2, frame.bottom - 2)
-    parts += [
-        _text(frame.right + 8, y + 4, s.label, f"direct {s.colour}")
-        for s, y in zip(drawn, places, strict=True)
-    ]
+    ends = [_end(s, log_y) for s in drawn]
+    places = _spread([frame.y(v) for _, v in ends], frame.top + 2, frame.bottom - 2)
+    for s, (last_x, last_y), y in zip(drawn, ends, places, strict=True):
+        start, level = frame.x(last_x), frame.y(last_y)
+        if abs(y - level) > 3 or start < frame.right - 3:
+            d = f"M{short(start + 1)} {short(level)}H{short(frame.right + 1)}L{short(frame.right + 9)} {short(y)}"
+            parts.append(f'<path class="leader {s.colour}" d="{d}"/>')
+        parts.append(draw_text(frame.right + 11, y + 4, s.label, f"direct {s.colour}"))
     parts += _hover_columns(frame, drawn, x_label, write)
-    return _svg(height, description, parts)
+    return draw_svg(height, description, parts)
 
 
 def _y_range(ys: Sequence[float], log: bool) -> tuple[float, float]:
@@ -298,7 +310,7 @@ def _y_range(ys: Sequence[float], log: bool) -> tuple[float, float]:
 
 
 def _hover_columns(
-    frame: _Frame, series: Sequence[Series], x_label: str, write: Callable[[float], str]
+    frame: Frame, series: Sequence[Series], x_label: str, write: Callable[[float], str]
 ) -> list[str]:
     """Invisible columns over the plot whose <title> lists every series there."""
     xs = sorted({x for s in series for x in s.x})
@@ -317,15 +329,16 @@ def _hover_columns(
                 lines.append(f"{label}: {write(value)}" + (f" (step {write(raw)})" if finite(raw) else ""))
         width = edges[i + 1] - edges[i]
         parts.append(
-            f'<rect class="hit" x="{_n(edges[i])}" y="{_n(frame.top)}" width="{_n(width)}" '
-            f'height="{_n(frame.bottom - frame.top)}"><title>{escape(chr(10).join(lines))}</title></rect>'
+            f'<rect class="hit" x="{short(edges[i])}" y="{short(frame.top)}" width="{short(width)}" '
+            f'height="{short(frame.bottom - frame.top)}"><title>{escape(chr(10).join(lines))}</title></rect>'
         )
     return parts
 
 
-def heat_level(value: float) -> int:
-    """Colour level 0 .. `HEAT_LEVELS` - 1 of a share in [0, 1]."""
-    return min(HEAT_LEVELS - 1, max(0, round(value * (HEAT_LEVELS - 1))))
+def heat_level(value: float, low: float = 0.0, high: float = 1.0) -> int:
+    """Colour level 0 .. `HEAT_LEVELS` - 1 of a value in [low, high]."""
+    share = (value - low) / (high - low) if high > low else 0.0
+    return min(HEAT_LEVELS - 1, max(0, round(share * (HEAT_LEVELS - 1))))
 
 
 def heat_map(
@@ -335,165 +348,58 @@ def heat_map(
     x_label: str,
     y_label: str,
     description: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+    write: Callable[[float], str] = percent,
     max_columns: int = 60,
 ) -> str | None:
-    """Shares in [0, 1] by row and x, averaged in equal bins beyond `max_columns`; None if all are gaps.
+    """Values by row and x, averaged in equal bins beyond `max_columns`; None if all are gaps.
 
     Args:
         rows: (label, value per x), the first at the bottom.
         x: one position per column, ascending.
+        limits: values of the lightest and the darkest colour.
+        write: how a value reads in tooltips and beside the colour bar.
     """
     if not any(finite(v) for _, values in rows for v in values):
         return None
-    parts_of_x = bins(len(x), max_columns)
-    left, right, top = 14 + _TEXT * max(len(label) for label, _ in rows), WIDTH - 12, 34
-    row_height = min(30, max(14, 190 / len(rows)))
+    columns = bins(len(x), max_columns)
+    left, right, top = 14 + TEXT * max(len(label) for label, _ in rows), WIDTH - 12, 34
+    row_height = min(30, max(14, 170 / len(rows)))
     bottom = top + row_height * len(rows)
-    width = (right - left) / len(parts_of_x)
-    parts = [_text(left, top - 12, y_label, "label")]
+    width = (right - left) / len(columns)
+    parts = [draw_text(left, top - 12, y_label, "label")]
     for i, (label, values) in enumerate(rows):
         y = bottom - row_height * (i + 1)
-        parts.append(_text(left - 6, y + row_height / 2 + 4, label, "tick", "end"))
-        for j, part in enumerate(parts_of_x):
+        parts.append(draw_text(left - 6, y + row_height / 2 + 4, label, "tick", "end"))
+        for j, part in enumerate(columns):
             value = mean([values[c] for c in part])
             span = plain(x[part[0]]) if len(part) == 1 else f"{plain(x[part[0]])} to {plain(x[part[-1]])}"
-            css = "gap" if value is None else f"h{heat_level(value)}"
-            tip = f"{label}, {x_label} {span}: {'no sample' if value is None else percent(value)}"
-            parts.append(
-                f'<rect class="hit cell {css}" x="{_n(left + j * width)}" y="{_n(y)}" width="{_n(width)}" '
-                f'height="{_n(row_height)}"><title>{escape(tip)}</title></rect>'
-            )
+            css = "gap" if value is None else f"h{heat_level(value, *limits)}"
+            tip = f"{label}, {x_label} {span}: {'no sample' if value is None else write(value)}"
+            box = f'x="{short(left + j * width)}" y="{short(y)}" width="{short(width)}" height="{short(row_height)}"'
+            parts.append(f'<rect class="hit cell {css}" {box}><title>{escape(tip)}</title></rect>')
             if value is None:
-                parts.append(
-                    f'<path class="axis" d="M{_n(left + j * width)} {_n(y)}l{_n(width)} {_n(row_height)}"/>'
-                )
-    wanted = _x_ticks(x[0], x[-1], whole=True) if x[-1] > x[0] else [x[0]]
-    for tick in wanted:
-        j = next(j for j, part in enumerate(parts_of_x) if x[part[-1]] >= tick)
+                d = f"M{short(left + j * width)} {short(y)}l{short(width)} {short(row_height)}"
+                parts.append(f'<path class="axis" d="{d}"/>')
+    for tick in _x_ticks(x[0], x[-1], whole=True) if x[-1] > x[0] else [x[0]]:
+        j = next(j for j, part in enumerate(columns) if x[part[-1]] >= tick)
         centre = left + (j + 0.5) * width
-        parts.append(f'<path class="axis" d="M{_n(centre)} {_n(bottom)}v4"/>')
-        parts.append(_text(centre, bottom + 17, plain(tick), "tick", "middle"))
-    parts.append(_text((left + right) / 2, bottom + 35, x_label, "label", "middle"))
-    parts += _colour_bar(right, top - 22)
-    return _svg(bottom + 44, description, parts)
+        parts.append(f'<path class="axis" d="M{short(centre)} {short(bottom)}v4"/>')
+        parts.append(draw_text(centre, bottom + 17, plain(tick), "tick", "middle"))
+    parts.append(draw_text((left + right) / 2, bottom + 35, x_label, "label", "middle"))
+    parts += _colour_bar(right, top - 22, [write(value) for value in limits])
+    return draw_svg(bottom + 44, description, parts)
 
 
-def _colour_bar(right: float, y: float) -> list[str]:
-    size = 12
-    start = right - HEAT_LEVELS * size - 36
-    parts = [_text(start - 5, y + 10, "0%", "tick", "end")]
+def _colour_bar(right: float, y: float, ends: Sequence[str]) -> list[str]:
+    size = 10
+    start = right - HEAT_LEVELS * size - 5 - TEXT * len(ends[1])
+    parts = [draw_text(start - 5, y + 10, ends[0], "tick", "end")]
     parts += [
-        f'<rect class="cell h{i}" x="{_n(start + i * size)}" y="{_n(y)}" width="{size}" height="{size}"/>'
+        f'<rect class="cell h{i}" x="{short(start + i * size)}" y="{short(y)}" width="{size}" height="12"/>'
         for i in range(HEAT_LEVELS)
     ]
-    return [*parts, _text(start + HEAT_LEVELS * size + 5, y + 10, "100%", "tick")]
-
-
-def _mark(shape: str, x: float, y: float, css: str, tip: str = "") -> str:
-    title = f"<title>{escape(tip)}</title>" if tip else ""
-    if shape == "circle":
-        return f'<circle class="{css}" cx="{_n(x)}" cy="{_n(y)}" r="5.5">{title}</circle>'
-    corners = {
-        "triangle": ((0, -6.5), (6, 4.5), (-6, 4.5)),
-        "square": ((-5, -5), (5, -5), (5, 5), (-5, 5)),
-    }[shape]
-    d = "M" + "L".join(f"{_n(x + dx)} {_n(y + dy)}" for dx, dy in corners) + "Z"
-    return f'<path class="{css}" d="{d}">{title}</path>'
-
-
-def scatter(
-    points: Sequence[Point],
-    iso_lines: Sequence[IsoLine],
-    *,
-    x_label: str,
-    y_label: str,
-    description: str,
-    legend: Sequence[Sequence[tuple[str, str, str]]],
-    height: float = 380,
-) -> str | None:
-    """Shares in [0, 1] (y) against a positive quantity (x); None without points.
-
-    The x axis starts at 0, or is logarithmic when the data span more than a factor of 12.
-
-    Args:
-        iso_lines: lines through the origin, labelled where they leave the plot.
-        legend: rows of (label, colour class, shape) entries, drawn above the plot.
-    """
-    points = [p for p in points if finite(p.x) and finite(p.y) and p.x > 0]
-    if not points:
-        return None
-    x_min, x_max = min(p.x for p in points), max(p.x for p in points)
-    log_x = x_max > 12 * x_min
-    if log_x:
-        x_low, x_high = x_min / 1.4, x_max * 1.4
-        x_ticks = log_ticks(x_low, x_high)
-    else:
-        x_ticks = nice_ticks(0, x_max * 1.08, 6)
-        x_low, x_high = 0.0, x_ticks[-1]
-    top = 34 + 20 * len(legend)
-    frame = _Frame(52, WIDTH - 16, top, height - 44, x_low, x_high, 0, 1.05, log_x=log_x)
-    parts = _draw_legend(legend)
-    parts += frame.axes(x_ticks, [0, 0.2, 0.4, 0.6, 0.8, 1], x_label, y_label, percent)
-    boxes = [(frame.x(p.x) - 7, frame.y(p.y) - 7, frame.x(p.x) + 7, frame.y(p.y) + 7) for p in points]
-    parts += [_draw_iso(frame, line, boxes) for line in iso_lines]
-    for p in points:
-        parts.append(_mark(p.shape, frame.x(p.x), frame.y(p.y), f"hit mark {p.colour}", p.tip))
-    for p in sorted(points, key=lambda p: p.x):
-        if p.label:
-            parts.append(_place_label(frame, p, boxes))
-    return _svg(height, description, parts)
-
-
-def _draw_legend(rows: Sequence[Sequence[tuple[str, str, str]]]) -> list[str]:
-    parts = []
-    for i, row in enumerate(rows):
-        x, y = 8.0, 12 + 20 * i
-        for label, colour, shape in row:
-            parts.append(_mark(shape, x + 6, y, f"mark {colour}"))
-            parts.append(_text(x + 16, y + 4, label, "tick"))
-            x += 34 + _TEXT * len(label)
-    return parts
-
-
-def _overlaps(
-    box: tuple[float, float, float, float], others: Sequence[tuple[float, float, float, float]]
-) -> bool:
-    return any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in others)
-
-
-def _draw_iso(frame: _Frame, line: IsoLine, boxes: list[tuple[float, float, float, float]]) -> str:
-    # y = slope * x leaves the plot at the top or at the right, whichever comes first
-    end = min(frame.x_high, frame.y_high / line.slope)
-    start = frame.x_low if frame.log_x else 0.0
-    if end <= start:
-        return ""
-    steps = [i / 32 for i in range(33)]
-    xs = [start * (end / start) ** s if frame.log_x else start + (end - start) * s for s in steps]
-    d = "M" + "L".join(f"{_n(frame.x(x))} {_n(frame.y(line.slope * x))}" for x in xs)
-    out = f'<path class="iso" d="{d}"/>'
-    width = _TEXT * len(line.label)
-    for value in (xs[i] for i in (30, 26, 21, 16, 11)):
-        x = min(frame.x(value), frame.right - width / 2)
-        y = frame.y(line.slope * value)
-        box = (x - width / 2, y - 8, x + width / 2, y + 8)
-        if box[0] > frame.left and box[3] < frame.bottom and not _overlaps(box, boxes):
-            boxes.append(box)
-            return out + _text(x, y + 4, line.label, "iso-label", "middle")
-    return out
-
-
-def _place_label(frame: _Frame, point: Point, boxes: list[tuple[float, float, float, float]]) -> str:
-    """Write the label at the first free place around the mark; leave it out if there is none."""
-    x, y, width = frame.x(point.x), frame.y(point.y), 1.15 * _TEXT * len(point.label) + 2  # bold
-    spots = [(x + 10, y), (x - 10 - width, y)]
-    spots += [(x - width / 2 + dx, y + dy) for dy in (16, -16, 30, -30) for dx in (0, width / 2, -width / 2)]
-    for left, centre in spots:
-        box = (left, centre - 7, left + width, centre + 7)
-        inside = left >= frame.left and left + width <= WIDTH and frame.top - 8 < centre < frame.bottom - 6
-        if inside and not _overlaps(box, boxes):
-            boxes.append(box)
-            return _text(left, centre + 4, point.label, f"direct {point.colour}")
-    return ""
+    return [*parts, draw_text(start + HEAT_LEVELS * size + 5, y + 10, ends[1], "tick")]
 
 
 def share_bar(share: float) -> str:

@@ -49,7 +49,14 @@ class Run:
     transcripts: list[Row] = field(default_factory=list)
     summaries: dict[str, Row] = field(default_factory=dict)
     """What each finished stage recorded about itself (stages/<stage>.json)."""
+    profile: dict[str, Any] = field(default_factory=dict)
+    """Stage -> where a profiled run spent its time (profile/phases.json)."""
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.resolve().name
 
     def rows(self, stage: str) -> list[Row]:
         """Metric rows of one stage, empty if the run did not reach it."""
@@ -83,6 +90,11 @@ def number(value: Any) -> float | None:
     except OverflowError:
         return None
     return value if math.isfinite(value) else None
+
+
+def get(row: Row | None, key: str) -> float | None:
+    """The finite number under `key`, None without one."""
+    return number(row.get(key)) if row is not None else None
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,6 +132,9 @@ def load_run(run_dir: Path) -> Run:
     for stage in STAGES:
         if (run_dir / "stages" / f"{stage}.json").exists():
             summaries[stage] = _read_json(run_dir / "stages" / f"{stage}.json", problems)
+    profile = {}
+    if (run_dir / "profile" / "phases.json").exists():
+        profile = _read_json(run_dir / "profile" / "phases.json", problems)
     settings = as_dict(config.get("config"))
     wanted = settings.get("stages")
     open_stages = [s for s in (wanted if isinstance(wanted, list) else STAGES) if s not in summaries]
@@ -137,6 +152,7 @@ def load_run(run_dir: Path) -> Run:
         easy_share=number(results.get("easy_share")),
         transcripts=transcripts,
         summaries=summaries,
+        profile=profile,
         problems=problems,
     )
 

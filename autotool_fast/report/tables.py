@@ -1,8 +1,7 @@
-"""The numbers of the report: headline, comparison, premise, stage and timing tables.
+"""The numbers of the report: headline, comparison, premise and stage tables.
 
 Pure functions from a `Run` to plain data (strings and small dataclasses) that page.html lays out. A figure
-that the run does not have is a dash. Percentages are of tasks, tokens are sampled response tokens, times
-are wall-clock.
+that the run does not have is a dash. Percentages are of tasks, tokens are sampled response tokens.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-from autotool_fast.report.charts import heat_level, mean, percent, plain, share_bar
-from autotool_fast.report.load import STAGE_NAMES, STAGES, Row, Run, as_dict, number
+from autotool_fast.report.charts import heat_level, mean, percent, plain
+from autotool_fast.report.load import STAGE_NAMES, STAGES, Row, Run, as_dict, get
 from autotool_fast.tasks.world import BANDS
 
 DASH = "–"
@@ -43,16 +41,6 @@ class Table:
     note: str = ""
     emphasis: str = ""
     corner: str = ""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Wall-clock time of one stage; a phase is (name, total, median ms per row, share, bar SVG)."""
-
-    stage: str
-    steps: int
-    total: str
-    phases: tuple[tuple[str, str, str, str, str], ...]
 
 
 def model_order(run: Run) -> list[str]:
@@ -100,21 +88,8 @@ def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 8.3 s, 2 min 05 s or 1 h 20 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _get(row: Row | None, key: str) -> float | None:
-    return number(row.get(key)) if row is not None else None
-
-
-def _show(value: float | None, write: Callable[[float], str]) -> str:
+def show(value: float | None, write: Callable[[float], str]) -> str:
+    """The value as `write` gives it, a dash without one."""
     return DASH if value is None else write(value)
 
 
@@ -134,7 +109,7 @@ def headline(run: Run) -> str:
     text = (
         f"In auto mode the RL model thinks on {_share(run, 'rl', 'think_rate', 'hard')} of the hard and "
         f"{_share(run, 'rl', 'think_rate', 'easy')} of the easy test tasks, solves "
-        f"{_share(run, 'rl', 'accuracy')} of the test mix and writes {_show(_get(rl, 'tokens'), tokens)} "
+        f"{_share(run, 'rl', 'accuracy')} of the test mix and writes {show(get(rl, 'tokens'), tokens)} "
         "response tokens per task."
     )
     reference = run.cell("distilled")
@@ -142,15 +117,15 @@ def headline(run: Run) -> str:
         return text + " There is no always-think (distilled) model to compare it with."
     return text + (
         f" The always-think (distilled) model solves {_share(run, 'distilled', 'accuracy')} with "
-        f"{_show(_get(reference, 'tokens'), tokens)} tokens: the RL model uses "
-        f"{_relative(_get(rl, 'tokens'), _get(reference, 'tokens'))}, and solves "
+        f"{show(get(reference, 'tokens'), tokens)} tokens: the RL model uses "
+        f"{_relative(get(rl, 'tokens'), get(reference, 'tokens'))}, and solves "
         f"{_share(run, 'rl', 'accuracy', 'hard')} of the hard tasks against "
         f"{_share(run, 'distilled', 'accuracy', 'hard')}."
     )
 
 
 def _share(run: Run, model: str, key: str, band: str = "overall") -> str:
-    return _show(_get(run.cell(model, "auto", band), key), percent)
+    return show(get(run.cell(model, "auto", band), key), percent)
 
 
 def _relative(value: float | None, reference: float | None) -> str:
@@ -175,7 +150,7 @@ def _unfinished_headline(run: Run) -> str:
     recent = rows[-RECENT:]
 
     def last(key: str, write: Callable[[float], str] = percent) -> str:
-        return _show(mean([_get(row, key) for row in recent]), write)
+        return show(mean([get(row, key) for row in recent]), write)
 
     planned = run.setting("rl.steps")
     of = f" of {planned}" if isinstance(planned, int) else ""
@@ -195,10 +170,10 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     def tile(
         label: str, key: str, band: str, write: Callable[[float], str], note: str = ""
     ) -> tuple[str, str, str]:
-        value = _get(run.cell("rl", "auto", band), key)
-        reference = _get(run.cell("distilled", "auto", band), key)
+        value = get(run.cell("rl", "auto", band), key)
+        reference = get(run.cell("distilled", "auto", band), key)
         against = f"distilled {write(reference)}" if reference is not None else "no distilled model"
-        return label, _show(value, write), against + note
+        return label, show(value, write), against + note
 
     return [
         tile("Accuracy", "accuracy", "overall", rate),
@@ -232,18 +207,18 @@ def _measure_table(
         cells = []
         for band in SCOPES:
             cell = run.cell(model, "auto", band)
-            value, n = _get(cell, key), _get(cell, "n")
+            value, n = get(cell, key), get(cell, "n")
             tip = f"n = {plain(n)}" if n else ""
             if value is not None and n and key in ("accuracy", "think_rate") and 0 <= value <= 1:
                 low, high = wilson(value, n)
                 tip = f"95% interval {percent(low)} to {percent(high)}, {tip}"
-            cells.append(Cell(_show(value, write), tip))
+            cells.append(Cell(show(value, write), tip))
         rows.append((model_name(model), tuple(cells)))
     if "rl" in models and "distilled" in models:
         changes = []
         for band in SCOPES:
-            new, old = (_get(run.cell(m, "auto", band), key) for m in ("rl", "distilled"))
-            changes.append(Cell(_change(new, old, key)))
+            new, old = (get(run.cell(m, "auto", band), key) for m in ("rl", "distilled"))
+            changes.append(Cell(change(new, old, key)))
         rows.append(("RL − distilled", tuple(changes)))
     return Table(title, ("All", "Easy", "Medium", "Hard"), tuple(rows), note, emphasis=model_name("rl"))
 
@@ -255,8 +230,8 @@ def mode_table(run: Run) -> Table | None:
         for mode in MODES:
             cell = run.cell(model, mode)
             if cell is not None:
-                values = ((_get(cell, key), write) for _, key, write in MEASURES)
-                rows.append((f"{model_name(model)} · {mode}", tuple(Cell(_show(*v)) for v in values)))
+                values = ((get(cell, key), write) for _, key, write in MEASURES)
+                rows.append((f"{model_name(model)} · {mode}", tuple(Cell(show(*v)) for v in values)))
     if not rows:
         return None
     return Table(
@@ -264,7 +239,8 @@ def mode_table(run: Run) -> Table | None:
     )
 
 
-def _change(new: float | None, old: float | None, key: str) -> str:
+def change(new: float | None, old: float | None, key: str) -> str:
+    """New against old: points for shares, percent for tokens and ACU; a dash where one is unknown."""
     if new is None or old is None:
         return DASH
     if key in ("accuracy", "think_rate"):
@@ -280,7 +256,7 @@ def interval_note(run: Run) -> str:
     for model in model_order(run):
         for band in SCOPES:
             cell = run.cell(model, "auto", band)
-            p, n = _get(cell, "accuracy"), _get(cell, "n")
+            p, n = get(cell, "accuracy"), get(cell, "n")
             if p is not None and n and 0 <= p <= 1:
                 low, high = wilson(p, n)
                 widths[band == "overall"].append((high - low) / 2)
@@ -314,7 +290,7 @@ def premise_tables(run: Run) -> list[Table]:
             cells = run.models[model].get(mode)
             listed = as_dict(cells).get("cells")
             for cell in listed if isinstance(listed, list) else []:
-                k = _get(as_dict(cell), "difficulty")
+                k = get(as_dict(cell), "difficulty")
                 if k is not None:
                     found.setdefault((str(cell.get("family")), k), {})[mode] = cell
         if found:
@@ -331,7 +307,7 @@ def _premise_table(model: str, found: dict[tuple[str, float], dict[str, Row]]) -
             cells = []
             for k in difficulties:
                 cell = found.get((family, k), {}).get(mode)
-                value, n = _get(cell, "accuracy"), _get(cell, "n")
+                value, n = get(cell, "accuracy"), get(cell, "n")
                 if value is None:
                     cells.append(Cell("", "not in the test split"))
                     continue
@@ -374,7 +350,7 @@ def label_table(run: Run) -> Table | None:
     listed = summary.get("table")
     columns = []
     for row in map(as_dict, listed if isinstance(listed, list) else []):
-        k = _get(row, "difficulty")
+        k = get(row, "difficulty")
         columns.append(("all" if k is None else f"k={plain(k)}", row))
     note = f"rule {summary.get('rule')}, {summary.get('k')} samples per prompt and mode"
     return _transposed("Labels", note, columns, LABEL_ROWS)
@@ -393,53 +369,11 @@ def _transposed(
 ) -> Table | None:
     rows = []
     for key, label in names:
-        values = [_get(column, key) for _, column in columns]
+        values = [get(column, key) for _, column in columns]
         if any(value is not None for value in values):
             write = whole_points if label.endswith("%") else "{:,.0f}".format
-            rows.append((label, tuple(Cell(_show(value, write)) for value in values)))
+            rows.append((label, tuple(Cell(show(value, write)) for value in values)))
     return Table(title, tuple(head for head, _ in columns), tuple(rows), note) if rows else None
-
-
-def stage_seconds(rows: Sequence[Row]) -> float:
-    """Wall-clock seconds of a stage; a resumed run restarts the clock, so each fall begins a new stretch."""
-    total = last = 0.0
-    for row in rows:
-        seconds = _get(row, "seconds")
-        if seconds is not None:
-            if seconds < last:
-                total += last
-            last = seconds
-    return total + last
-
-
-def timings(run: Run) -> list[Timing]:
-    """Wall-clock time by stage, and the phases (`time/...`, milliseconds per logged step) inside it."""
-    stages = [s for s in STAGES if run.rows(s)] + [s for s in run.stages if s not in STAGES]
-    return [_timing(STAGE_NAMES.get(stage, stage), run.rows(stage)) for stage in stages]
-
-
-def _timing(name: str, rows: Sequence[Row]) -> Timing:
-    wall = stage_seconds(rows)
-    phases = []
-    for key in dict.fromkeys(key for row in rows for key in row if key.startswith("time/")):
-        ms = [v for row in rows if (v := _get(row, key)) is not None]
-        if ms:
-            phases.append((key.removeprefix("time/"), sum(ms) / 1000, f"{median(ms):,.1f}"))
-    # rows of a stage that logs every n-th step do not add up to its time
-    sparse = float(rows[-1]["step"]) - float(rows[0]["step"]) + 1 > 1.5 * len(rows)
-    if sparse:
-        return Timing(name, len(rows), duration(wall), tuple((n, DASH, ms, DASH, "") for n, _, ms in phases))
-    timed = sum(seconds for _, seconds, _ in phases)
-    if phases and wall > timed * 1.005:
-        phases.append(("not timed", wall - timed, DASH))
-    whole = max(wall, timed) or 1.0
-    shares = ((n, s, ms, s / whole) for n, s, ms in phases)
-    return Timing(
-        name,
-        len(rows),
-        duration(wall),
-        tuple((n, duration(s), ms, rate(share), share_bar(share)) for n, s, ms, share in shares),
-    )
 
 
 def recovery(run: Run, window: int = 15, level: float = 0.7) -> dict[str, Any] | None:
@@ -451,7 +385,7 @@ def recovery(run: Run, window: int = 15, level: float = 0.7) -> dict[str, Any] |
         `low` and `low_step`: the smallest mean and its step; `step`: the first later step with a mean above
         `level`, None if never; `last`: the last mean.
     """
-    points = [(float(r["step"]), v) for r in run.rows("rl") if (v := _get(r, "think_rate/hard")) is not None]
+    points = [(float(r["step"]), v) for r in run.rows("rl") if (v := get(r, "think_rate/hard")) is not None]
     if len(points) < window:
         return None
     means = [

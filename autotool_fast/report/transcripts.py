@@ -7,6 +7,7 @@ here is model output: it is never marked as safe, the template escapes it.
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,19 +23,30 @@ MAX_STEPS = 4
 MAX_TOTAL_TOKENS = 6000
 MAX_TOKENS = 800
 LONG_PROMPT = 500
+GLIMPSE = 72
+
+_TAGGED_CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
+_BARE_CALL = re.compile(r"(?:<\|python_tag\|>\s*)?\{\s*\"name\"\s*:.*\}", re.DOTALL)
+_FRAME = re.compile(r"</?tool_(?:call|response)>|<\|[a-z_]+\|>(?:user|tool|assistant|ipython)?")
+_USER_TURN = re.compile(r"<\|im_start\|>user|<\|start_header_id\|>user")
 
 _PROMPT, _SAMPLED, _TOOL = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text: kind is prompt, sampled, tool or cut; `fold` is the summary if it is folded."""
+    """A stretch of text: kind is prompt, sampled, call, tool or cut.
+
+    `fold` is the summary if it is folded and `glimpse` how the text begins; a call has its tokens `inside`.
+    """
 
     kind: str
     text: str
     shade: int = 0
     tip: str = ""
     fold: str = ""
+    glimpse: str = ""
+    inside: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,13 +146,50 @@ def _stretches(tokens: list[Row]) -> list[Piece]:
         part = list(group)
         text = "".join(t["text"] for t in part)
         if source == _SAMPLED:
-            pieces += [_sampled(t) for t in part]
+            pieces += _reply(part, text)
         elif source == _TOOL:
-            pieces.append(Piece("tool", text, fold=f"tool result, {len(part)} tokens"))
+            name = "next user turn" if _USER_TURN.search(text) and "<tool_response>" not in text else "tool result"
+            pieces.append(Piece("tool", text, fold=f"{name}, {_count(part)}", glimpse=_glimpse(_FRAME.sub(" ", text))))
         else:
-            fold = f"prompt, {len(part)} tokens" if len(text) > LONG_PROMPT else ""
-            pieces.append(Piece("prompt", text, fold=fold))
+            fold = f"prompt, {_count(part)}" if len(text) > LONG_PROMPT else ""
+            pieces.append(Piece("prompt", text, fold=fold, glimpse=_glimpse(text) if fold else ""))
     return pieces
+
+
+def _reply(tokens: list[Row], text: str) -> list[Piece]:
+    """Sampled tokens one by one; those in a call are folded under the shade of the least certain one."""
+    calls = list(_TAGGED_CALL.finditer(text)) or list(_BARE_CALL.finditer(text))
+    pieces: list[Piece] = []
+    inside: dict[int, list[Piece]] = {}
+    start = 0
+    for token in tokens:
+        end = start + len(token["text"])
+        call = next((i for i, c in enumerate(calls) if start < c.end() and end > c.start()), None)
+        if call is None:
+            pieces.append(_sampled(token))
+        else:
+            if call not in inside:
+                inside[call] = []
+                pieces.append(Piece("call", str(call)))
+            inside[call].append(_sampled(token))
+        start = end
+    return [_call(calls[int(p.text)].group(), inside[int(p.text)]) if p.kind == "call" else p for p in pieces]
+
+
+def _call(text: str, inside: list[Piece]) -> Piece:
+    shade = max(piece.shade for piece in inside)
+    glimpse = _glimpse(_FRAME.sub(" ", text))
+    return Piece("call", "", shade, fold=f"tool call, {_count(inside)}", glimpse=glimpse, inside=tuple(inside))
+
+
+def _count(items: Sequence[object]) -> str:
+    return f"{len(items)} token{'s' if len(items) != 1 else ''}"
+
+
+def _glimpse(text: str) -> str:
+    """The beginning of a folded text in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= GLIMPSE else line[: GLIMPSE - 1] + "…"
 
 
 def _sampled(token: Row) -> Piece:
