@@ -39,11 +39,15 @@ def find_nvcc() -> tuple[str | None, str]:
 
 
 def architectures(nvcc: str) -> list[str]:
+    """Architectures to build for: those every nvcc of the supported range knows, and newer ones that this one does."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     return [*ARCHITECTURES, *(a for a in OPTIONAL_ARCHITECTURES if f"compute_{a}" in known)]
 
 
 def compile_command(nvcc: str, source: str, built: list[str], output: Path) -> list[str]:
+    """nvcc's command that compiles `source`, a file beside this one, to the object `output` for the architectures
+    `built`.
+    """
     here = Path(__file__).parent
     return [
         nvcc, "-c", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Werror", "all-warnings",
@@ -54,11 +58,13 @@ def compile_command(nvcc: str, source: str, built: list[str], output: Path) -> l
 
 
 def link_command(nvcc: str, objects: list[Path], output: Path) -> list[str]:
+    """nvcc's command that links objects to the shared library `output`, against torch's stable ABI alone."""
     libraries = Path(torch.__file__).parent / "lib"
     return [nvcc, "--shared", "-o", str(output), *map(str, objects), f"-L{libraries}", "-ltorch_cpu"]
 
 
 def run(command: list[str]) -> None:
+    """Run a command; RuntimeError with what it printed if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc failed:\n{done.stdout}{done.stderr}")

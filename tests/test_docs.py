@@ -193,3 +193,40 @@ def test_examples_import_what_exists(path):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("autotool"):
                 module = __import__(node.module, fromlist=["_"])
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+OVERRIDES = {"validate", "error"}
+"""Methods of a base class that documents them."""
+
+
+def undocumented(tree: ast.Module) -> list[str]:
+    """Public classes and functions of a module without a docstring; kernels have comments in their place."""
+    found = []
+
+    def walk(node: ast.Module | ast.ClassDef, prefix: str) -> None:
+        for child in node.body:
+            if not isinstance(child, (ast.ClassDef, ast.FunctionDef)) or child.name.startswith("_"):
+                continue
+            decorators = " ".join(map(ast.unparse, child.decorator_list))
+            exempt = "overload" in decorators or "jit" in decorators or child.name in {"main", *OVERRIDES}
+            if not exempt and not ast.get_docstring(child):
+                found.append(prefix + child.name)
+            protocol = isinstance(child, ast.ClassDef) and any("Protocol" in ast.unparse(b) for b in child.bases)
+            if isinstance(child, ast.ClassDef) and not protocol:
+                walk(child, f"{prefix}{child.name}.")
+
+    walk(tree, "")
+    return found
+
+
+@pytest.mark.parametrize("folder", ["autotool_fast", "kernels/autotool_kernels", "benchmarks", "csrc"])
+def test_every_public_function_is_documented(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    missing = {}
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = undocumented(tree) + ([] if ast.get_docstring(tree) or not tree.body else ["the module"])
+        if names:
+            missing[name(path)] = names
+    assert not missing

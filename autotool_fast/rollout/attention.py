@@ -96,6 +96,7 @@ class SlotBatch:
 
 
 def round_up(length: int, limit: int) -> int:
+    """`length` rounded up to whole blocks of positions, at most `limit`."""
     return min(-(-length // _KV_ROUND) * _KV_ROUND, limit)
 
 

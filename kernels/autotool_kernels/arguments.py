@@ -61,11 +61,13 @@ def head_options(logit_scale: float, softcap: float | None) -> float:
 
 
 def check_store(store_bytes: int) -> None:
+    """A number of bytes that a 64-bit op argument holds; else ValueError."""
     if not _is_integer(store_bytes) or not 0 <= store_bytes <= _LARGEST:
         raise ValueError(f"store_bytes must be a number of bytes, 0 to 2^63 - 1: got {store_bytes!r}")
 
 
 def check_index(ignore_index: int) -> None:
+    """A 64-bit integer; else ValueError."""
     if not _is_integer(ignore_index) or not -_LARGEST <= ignore_index <= _LARGEST:
         raise ValueError(f"ignore_index must be a 64-bit integer: got {ignore_index!r}")
 
@@ -99,6 +101,7 @@ def check_policy(
     logp: Tensor, old_logp: Tensor, entropy: Tensor, advantages: Tensor, cu_seqlens: Tensor, mask: Tensor,
     is_short: Tensor, clip_low: float, clip_high: float,
 ) -> None:  # fmt: skip
+    """Shapes, dtypes and devices of `policy_loss`: ValueError or TypeError names the argument."""
     tensors = {
         "logp": logp, "old_logp": old_logp, "entropy": entropy, "mask": mask, "advantages": advantages,
         "is_short": is_short, "cu_seqlens": cu_seqlens,
@@ -131,6 +134,7 @@ def check_policy(
 
 
 def check_sample(logits: Tensor, seed: Tensor, offset: Tensor) -> None:
+    """Shapes, dtypes and devices of `sample_logp_entropy`: ValueError or TypeError names the argument."""
     for name, tensor in (("logits", logits), ("seed", seed), ("offset", offset)):
         check_tensor(name, tensor)
     if logits.ndim != 2 or logits.shape[1] < 1:
@@ -201,6 +205,7 @@ def gate_arguments(
 
 
 def check_tensor(name: str, value: Tensor) -> None:
+    """A dense tensor; else TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(value).__name__}")
     if value.layout != torch.strided:
@@ -208,16 +213,19 @@ def check_tensor(name: str, value: Tensor) -> None:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
+    """Of a floating-point type that the ops compute with; else TypeError."""
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{name} must be floating point (64, 32 or 16 bits): got {tensor.dtype}")
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """On the device of `like`, the first argument; else ValueError."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the first argument: got {tensor.device}")
 
 
 def check_number(name: str, value: float, what: str = "a number") -> None:
+    """An int or float and no bool; else TypeError."""
     if not _is_number(value):
         raise TypeError(f"{name} must be {what}: got {type(value).__name__}")
 

@@ -103,6 +103,9 @@ def sample_forward(
     seed: Tensor,
     offset: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(token int64, logp float32, entropy float32), each [B], by the CUDA extension; arguments as of
+    `sampler.sample_forward`.
+    """
     rows, device = logits.shape[0], logits.device
     token = torch.empty(rows, dtype=torch.int64, device=device)
     logp, entropy = torch.empty((2, rows), dtype=torch.float32, device=device).unbind()

@@ -80,6 +80,7 @@ def choose(op: str, device_type: str, backend: str = "auto", dtype: torch.dtype 
 
 
 def check_backend(backend: str) -> None:
+    """A name that `backend=` takes; else ValueError."""
     if backend not in ("auto", *NAMES):
         raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}: got {backend!r}")
 

@@ -80,6 +80,7 @@ def _outside_autocast(fn):
 def linear_logp_entropy(
     hidden, weight, target, bias, row_temperature, temperature, logit_scale, softcap, ignore_index, backend, store_bytes
 ):
+    """The four statistics of every row and the stored logits, by the backend that serves these inputs."""
     run = implementation("linear_logp_entropy", hidden.device.type, hidden.dtype, backend)
     head = Head(bias, temperature, row_temperature, logit_scale, softcap, ignore_index)
     stats, store = run(hidden, weight, target, head, store_bytes)
@@ -92,6 +93,7 @@ def linear_logp_entropy_backward(
     bias, row_temperature, temperature, logit_scale, softcap, ignore_index, backend,
     need_hidden, need_weight, need_bias,
 ):  # fmt: skip
+    """dL/dhidden, dL/dweight, dL/dbias; an empty tensor for each that is not needed."""
     run = implementation("linear_logp_entropy_backward", hidden.device.type, hidden.dtype, backend)
     head = Head(bias, temperature, row_temperature, logit_scale, softcap, ignore_index)
     gradients = run(
@@ -104,6 +106,7 @@ def linear_logp_entropy_backward(
 
 @_register("run")
 def logits_logp_entropy(logits, target, temperature, row_temperature, ignore_index, backend, inplace_backward):
+    """The four statistics of every row."""
     run = implementation("logits_logp_entropy", logits.device.type, logits.dtype, backend)
     return tuple(run(logits, target, temperature, row_temperature, ignore_index))
 
@@ -113,6 +116,7 @@ def logits_logp_entropy_backward(
     grad_logp, grad_entropy, logits, target, entropy, row_max, log_sum,
     temperature, row_temperature, ignore_index, backend,
 ):  # fmt: skip
+    """dL/dlogits in a new tensor."""
     run = implementation("logits_logp_entropy_backward", logits.device.type, logits.dtype, backend)
     stats = RowStats(entropy, entropy, row_max, log_sum)
     return run(grad_logp, grad_entropy, logits, target, stats, temperature, row_temperature, ignore_index)
@@ -123,6 +127,7 @@ def logits_logp_entropy_backward_(
     grad_logp, grad_entropy, logits, target, entropy, row_max, log_sum,
     temperature, row_temperature, ignore_index, backend,
 ):  # fmt: skip
+    """dL/dlogits, written over the logits."""
     run = implementation("logits_logp_entropy_backward", logits.device.type, logits.dtype, backend)
     stats = RowStats(entropy, entropy, row_max, log_sum)
     run(grad_logp, grad_entropy, logits, target, stats, temperature, row_temperature, ignore_index, out=logits)
@@ -130,12 +135,14 @@ def logits_logp_entropy_backward_(
 
 @_register("run")
 def policy_loss(logp, *args):
+    """Loss, responses' entropies, metrics, and the two gradients that the backward pass scales."""
     *args, backend = args
     return tuple(implementation("policy_loss", logp.device.type, logp.dtype, backend)(logp, *args))
 
 
 @_register("run")
 def sample_logp_entropy(logits, temperature, row_temperature, seed, offset, backend):
+    """Token, log-prob and entropy of every row."""
     run = implementation("sample_logp_entropy", logits.device.type, logits.dtype, backend)
     return tuple(run(logits, temperature, row_temperature, seed, offset))
 
@@ -144,6 +151,7 @@ def sample_logp_entropy(logits, temperature, row_temperature, seed, offset, back
 def linear_logp_entropy_fake(
     hidden, weight, target, bias, row_temperature, temperature, logit_scale, softcap, ignore_index, backend, store_bytes
 ):
+    """Shapes and dtypes of `linear_logp_entropy`."""
     dtype = compute_dtype(hidden.dtype)
     stats = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4)]
     return *stats, *new_store(hidden, hidden.shape[0], weight.shape[0], store_bytes)
@@ -151,6 +159,7 @@ def linear_logp_entropy_fake(
 
 @_register("fake")
 def linear_logp_entropy_backward_fake(grad_logp, grad_entropy, hidden, weight, *rest):
+    """Shapes and dtypes of `linear_logp_entropy_backward`."""
     bias, (need_hidden, need_weight, need_bias) = rest[6], rest[-3:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
@@ -161,6 +170,7 @@ def linear_logp_entropy_backward_fake(grad_logp, grad_entropy, hidden, weight, *
 
 @_register("fake")
 def logits_logp_entropy_fake(logits, target, temperature, row_temperature, ignore_index, backend, inplace_backward):
+    """Shapes and dtypes of `logits_logp_entropy`."""
     dtype = compute_dtype(logits.dtype)
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4))
 
@@ -170,16 +180,19 @@ def logits_logp_entropy_backward_fake(
     grad_logp, grad_entropy, logits, target, entropy, row_max, log_sum,
     temperature, row_temperature, ignore_index, backend,
 ):  # fmt: skip
+    """Shape and dtype of `logits_logp_entropy_backward`."""
     return logits.new_empty(logits.shape)
 
 
 @_register("fake")
 def logits_logp_entropy_backward__fake(*args):
+    """The op in place returns nothing."""
     return None
 
 
 @_register("fake")
 def policy_loss_fake(logp, old_logp, entropy, advantages, *args):
+    """Shapes and dtypes of `policy_loss`."""
     dtype = torch.promote_types(logp.dtype, torch.float32)
     return (
         logp.new_empty((), dtype=dtype),
@@ -192,6 +205,7 @@ def policy_loss_fake(logp, old_logp, entropy, advantages, *args):
 
 @_register("fake")
 def sample_logp_entropy_fake(logits, temperature, row_temperature, seed, offset, backend):
+    """Shapes and dtypes of `sample_logp_entropy`."""
     rows, dtype = logits.shape[0], compute_dtype(logits.dtype)
     return (
         logits.new_empty(rows, dtype=torch.int64),

@@ -63,6 +63,7 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
+        """module.function of the kernel."""
         return kernel_name(self.kernel)
 
     @property
@@ -119,6 +120,7 @@ class Figures:
         return sum(n for opcode, n in self.instructions.items() if pattern.match(opcode))
 
     def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
         return asdict(self)
 
 
@@ -227,6 +229,7 @@ def matrix_kind(capability: int) -> str:
 
 
 def kernel_name(kernel: JITFunction) -> str:
+    """module.function of a kernel, the module without its package."""
     return f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
 
 

@@ -57,6 +57,7 @@ def policy_forward(
     normalize: int,
     constant: float,
 ) -> PolicyParts:
+    """Loss, its parts and both gradients in PyTorch operations; the arguments are those of the op `policy_loss`."""
     n_seq, n_tok = advantages.shape[0], logp.shape[0]
     dtype = torch.promote_types(logp.dtype, torch.float32)
     if logp.device.type == "cpu":

@@ -65,6 +65,7 @@ class Rows(NamedTuple):
     invalid: Tensor | None  # [n] bool: label out of range, where raising would stop the host
 
     def take(self, t: Tensor) -> Tensor:
+        """The rows of `t` [N, ...] to work on, in their order."""
         return t if self.index is None else t.index_select(0, self.index)
 
 
@@ -165,6 +166,7 @@ def row_scale(rows: Rows, temperature: float, row_temperature: Tensor | None) ->
 
 
 def scale_(z: Tensor, t: Tensor | float | None, r: slice) -> Tensor:
+    """Divides logits z, rows `r` of the batch, by their temperature in place."""
     if t is None:
         return z
     return z.div_(t[r] if isinstance(t, Tensor) else t)
@@ -253,4 +255,5 @@ def dlogits_(z: Tensor, y: Tensor, columns: tuple[Tensor | None, ...], r: slice,
 
 
 def slices(total: int, step: int, start: int = 0) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover start..total."""
     return (slice(i, min(i + step, total)) for i in range(start, total, step))

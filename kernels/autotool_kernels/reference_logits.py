@@ -28,6 +28,7 @@ def logits_forward(
     row_temperature: Tensor | None,
     ignore_index: int,
 ) -> RowStats:
+    """Statistics of every row in PyTorch operations, a block of rows at a time; zeros where ignored."""
     n, v = logits.shape
     dtype = compute_dtype(logits.dtype)
     rows = select_rows(target, v, ignore_index)

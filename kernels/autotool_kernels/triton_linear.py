@@ -44,6 +44,8 @@ FLOAT32_PRECISION = "tf32x3"
 
 
 class Device(NamedTuple):
+    """What tile settings are chosen for."""
+
     architecture: str  # "sm_90", or "interpreter"
     processors: int  # streaming multiprocessors
 

@@ -233,6 +233,7 @@ def policy_forward(
     normalize: int,
     constant: float,
 ) -> PolicyParts:
+    """Loss, its parts and both gradients in two launches; arguments as of `policy.policy_forward`."""
     n_tok, n_seq, device = logp.shape[0], advantages.shape[0], logp.device
     logp, old_logp, entropy, advantages, cu_seqlens, mask, is_short = (
         t.contiguous() for t in (logp, old_logp, entropy, advantages, cu_seqlens, mask, is_short)

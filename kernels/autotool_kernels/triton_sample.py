@@ -164,6 +164,7 @@ def sample_forward(
     seed: Tensor,  # [B]
     offset: Tensor,  # [B]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(token int64, logp float32, entropy float32), each [B]; arguments as of `sampler.sample_forward`."""
     (rows, v), device = logits.shape, logits.device
     token = torch.empty(rows, dtype=torch.int64, device=device)
     logp, entropy = torch.empty((2, rows), dtype=torch.float32, device=device).unbind()

@@ -292,14 +292,17 @@ def write(entries: Sequence[Entry], architecture: str, folder: Path) -> list[str
 
 
 def read(path: Path) -> tuple[Entry, ...]:
+    """The entries of a settings file, as `configs.select` would read it; it raises what that would."""
     return configs._load(path, path.stat().st_mtime_ns)
 
 
 def same_shape(a: Entry, b: Entry) -> bool:
+    """Whether two entries are for the same head and dtype."""
     return (a.hidden, a.vocab, a.dtype) == (b.hidden, b.vocab, b.dtype)
 
 
 def describe(tile: Tile) -> str:
+    """A tile in one line: block sizes, warps, stages, programs, group, flags."""
     flags = [name for name in ("tma", "specialize") if getattr(tile, name)]
     numbers = f"w{tile.warps} s{tile.stages} p{tile.programs} g{tile.group}"
     return " ".join([f"{tile.rows}x{tile.cols}x{tile.depth}", numbers, *flags])
@@ -369,10 +372,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def current_architecture() -> str:
+    """Architecture of the current GPU, such as sm_90."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 def refuse(reason: str) -> int:
+    """Say why there is nothing to do; returns the exit code."""
     print(f"tune: {reason}", file=sys.stderr)
     return 2
 

@@ -33,6 +33,7 @@ class Shape(NamedTuple):
 
     @property
     def dtype_name(self) -> str:
+        """Name of the dtype as in settings files."""
         return str(self.dtype).removeprefix("torch.")
 
 
@@ -62,9 +63,11 @@ class Workload:
         return self.forward(None)
 
     def forward(self, config: LinearConfig | None) -> RowStats:
+        """The forward pass under a setting; None for the one in force."""
         return triton_linear.linear_forward(self.hidden, self.weight, self.target, Head(), config=config)[0]
 
     def backward(self, config: LinearConfig, stats: RowStats, need_hidden=True, need_weight=True):
+        """The backward pass under a setting: the gradients that are needed."""
         return triton_linear.linear_backward(
             self.grad_logp, self.grad_entropy, self.hidden, self.weight, self.target, stats, self.store, Head(),
             need_hidden, need_weight, config=config,
@@ -116,8 +119,10 @@ def sampled(n: int, device: torch.device) -> Tensor:
 
 
 def largest(difference: Tensor) -> float:
+    """Largest absolute value."""
     return difference.abs().max().item()
 
 
 def frobenius(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the error over that of the expected matrix."""
     return ((found - expected).norm() / expected.norm()).item()
