@@ -8,7 +8,8 @@ import pytest
 from eval_stand_ins import STAND_INS
 
 from autotool_fast.errors import UserError
-from autotool_fast.eval.isolate import WorkerDied, WorkerError, WorkerHost
+from autotool_fast.eval.bfcl import SERVICE
+from autotool_fast.sandbox.host import Limits, WorkerDied, WorkerError, WorkerHost
 
 ENTRY = {
     "id": "multi_turn_base_0",
@@ -20,7 +21,7 @@ KNOWN = ["switch", "look", "wait", "surroundings", "quit_process"]
 
 @pytest.fixture
 def host():
-    made = WorkerHost("bfcl_service", STAND_INS / "bfcl", deadline_s=1.0)
+    made = WorkerHost(SERVICE, str(STAND_INS / "bfcl"), limits=Limits(1.0))
     yield made
     made.close()
 
@@ -103,17 +104,17 @@ def test_sessions_end_when_closed_or_forgotten_and_the_server_with_its_host(host
     before = set(descendants(os.getpid()))
     sessions = [started(host) for _ in range(3)]
     mine = [pid for pid in descendants(os.getpid()) if pid not in before]
-    assert len(mine) >= 4  # the server and three sessions
+    assert len(mine) == 7  # the server, and of each session the keeper and the process that is kept
     sessions.pop().close()
-    assert wait_for(lambda: len([p for p in mine if p in descendants(os.getpid())]) == len(mine) - 1)
+    assert wait_for(lambda: len([p for p in mine if p in descendants(os.getpid())]) == 5)
     del sessions
-    assert wait_for(lambda: len([p for p in mine if p in descendants(os.getpid())]) <= len(mine) - 3)
+    assert wait_for(lambda: len([p for p in mine if p in descendants(os.getpid())]) == 1)
     host.close()
     assert wait_for(lambda: not [p for p in mine if p in descendants(os.getpid())])
 
 
 def test_a_server_that_cannot_load_says_why_in_one_line(tmp_path):
-    host = WorkerHost("bfcl_service", tmp_path, where="--bfcl x", remedy="do this")
+    host = WorkerHost(SERVICE, str(tmp_path), where="--bfcl x", remedy="do this")
     with pytest.raises(UserError) as caught:
         host.open()
     assert str(caught.value).startswith("--bfcl x: cannot be loaded (ModuleNotFoundError: No module named 'bfcl_eval'")
