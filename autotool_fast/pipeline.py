@@ -21,6 +21,7 @@ from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
 from autotool_fast.errors import UserError
 from autotool_fast.loop import Context, StageState, StepResult, make_optimizers, run_steps, trapezoid
+from autotool_fast.own_tools import ToolProblems
 from autotool_fast.policy import recompute_activations
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
 from autotool_fast.rl import rollout_limits
@@ -81,14 +82,11 @@ class Pipeline:
             )
         if config.environment.kind == "none":
             return data
-        return SimulatorProblems(
-            config.environment,
-            config.seed,
-            unusable=unusable,
-            max_turns=self.limits.max_turns,
-            data=data,
-            warn=self.context.progress.say,
-        )
+        options = {"data": data, "warn": self.context.progress.say, "slots": config.rollout.slots}
+        if config.environment.kind == "tools":
+            return ToolProblems(config.environment, config.seed, unusable=unusable, **options)
+        turns = self.limits.max_turns
+        return SimulatorProblems(config.environment, config.seed, unusable=unusable, max_turns=turns, **options)
 
     def _mode_tags(self) -> list[list[int]]:
         return [self.chat.encode_mode(mode) for mode in MODES]

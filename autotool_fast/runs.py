@@ -33,8 +33,10 @@ MAY_DIFFER_ON_RESUME = frozenset(
     {"preset", "stages", "out", "resume", "overwrite", "dry_run", "threads"}
     | {"rollout.slots", "rollout.prefill_chunk", "rl.micro_tokens", "model.gradient_checkpointing"}
     | {"label.teacher", "label.teacher_model", "rollout.server", "rollout.timeout_s"}
+    | {"environment.slow_call_s"}
 )
-"""The second line is memory: those settings change results by rounding alone. A server may move."""
+"""The second line is memory: those settings change results by rounding alone. A server may move; a message changes
+nothing."""
 LOCK = ".lock"
 
 
