@@ -92,7 +92,8 @@ def inspect(config: EnvironmentConfig) -> str:
     tools = OwnTools(config)
     try:
         parts = split_problems(tools.problems, config.test_share)
-        network = "" if config.network or tools.host.network_closed else "; this kernel does not let the network be closed"
+        closed = config.network or tools.host.network_closed
+        network = "" if closed else "; the kernel does not let their network be closed"
     finally:
         tools.close()
     names = ", ".join(tools.schemas)

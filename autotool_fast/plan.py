@@ -25,9 +25,10 @@ def check(config: TrainConfig) -> None:
     """Refuse a run that cannot succeed, while what the run folder holds is still untouched.
 
     Raises:
-        UserError: no task can be drawn; the environment's package is missing, or the user's tools or problems are not in order; there is no GPU or no rollout server (a
-            dry run needs neither), or no peft where one is asked for; a stage of a new run needs one that is not run;
-            `base.reuse` holds no model, or is about to be removed by --overwrite.
+        UserError: no task can be drawn; the environment's package is missing, or the user's tools or problems are not
+            in order; there is no GPU or no rollout server (a dry run needs neither), or no peft where one is asked for;
+            a stage of a new run needs one that is not run; `base.reuse` holds no model, or is about to be removed by
+            --overwrite.
     """
     if config.environment.kind == "bfcl":
         from autotool_fast.eval.bfcl import locate

@@ -4,10 +4,10 @@ Each sample is an episode: sample a turn, parse it, let the task execute it, app
 back, and so on until the task is over or a budget is. Episodes run side by side in the slot engine; those
 whose turn ended are served between two decoding steps while the rest go on; the time that takes counts against
 their own deadline only. An episode with `begin` (see `tasks.record`) works elsewhere meanwhile: what is done within
-`PATIENCE_S` is waited for, so that quick calls leave the order of turns as it is, and what is not joins when it is done.
-A cut or malformed turn never executes. An episode is closed when it is over, however it
-ended, and all of them are when the rollout is left by an exception. Sampled tokens are decoded for the parser only:
-ids are append-only. Rewards and batching for training are elsewhere.
+`PATIENCE_S` is waited for, so that quick calls leave the order of turns as it is, and what is not joins later. A cut
+or malformed turn never executes. An episode is closed when it is over, however it ended, and all of them are when the
+rollout is left by an exception. Sampled tokens are decoded for the parser only: ids are append-only. Rewards and
+batching for training are elsewhere.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Stands alone (the standard library only): `worker` loads it by its path, isolated from the trainer's own modules.
 
-Namespaces are best effort, because containers and some distributions forbid them; `worker` tells the trainer what it got.
-Without them the same calls still give limits and an end to every process that stays findable as a descendant.
+Namespaces are best effort, because containers and some distributions forbid them; `worker` tells the trainer whether
+the network is closed. Without them the same calls still give limits, and an end to every descendant that can be found.
 """
 
 import contextlib
@@ -11,11 +11,15 @@ import ctypes
 import os
 import resource
 import signal
+import struct
 import time
 
-NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000
-NOBODY = 65534
-_PARENT_DEATH, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38
+NEW_MOUNTS, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x10000000, 0x20000000, 0x40000000
+NOBODY, FIRST_USER = 65534, 0x70000000
+_PARENT_DEATH, _DUMPABLE, _KEEP_CAPABILITIES, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 8, 36, 38
+_AMBIENT, _AMBIENT_RAISE = 47, 2
+_CAPABILITIES_3, _READ = 0x20080522, 1 << 2  # version of the call's form; CAP_DAC_READ_SEARCH
+_NO_SUID, _NO_DEVICES, _NO_EXEC, _RECURSIVE, _PRIVATE = 2, 4, 8, 1 << 14, 1 << 18
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -49,7 +53,7 @@ def limit(limits):
         resource.RLIMIT_AS: limits["memory_bytes"],
         resource.RLIMIT_FSIZE: limits["file_bytes"],
         resource.RLIMIT_NOFILE: limits["open_files"],
-        resource.RLIMIT_NPROC: limits["processes"] + limits["others"],
+        resource.RLIMIT_NPROC: limits["processes"],
     }
     for kind, value in allowed.items():
         hard = resource.getrlimit(kind)[1]
@@ -69,13 +73,34 @@ def tasks_of(user):
     return count
 
 
-def give_up_root():
-    """Become nobody, if this is root: root is above the limit of processes, and may write everywhere."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-        _LIBC.prctl(_DUMPABLE, 1, 0, 0, 0)  # else /proc/self stays root's, and `leave` cannot write there
+def hide_processes():
+    """Show in /proc the processes of this process namespace alone, with their environments; best effort."""
+    if leave(NEW_MOUNTS):
+        _LIBC.mount(b"none", b"/", None, _PRIVATE | _RECURSIVE, None)
+        _LIBC.mount(b"proc", b"/proc", b"proc", _NO_SUID | _NO_DEVICES | _NO_EXEC, None)
+
+
+def session_user(number):
+    """A user for a session of root: (its id, whether no one else has it). `number` tells sessions apart."""
+    own = FIRST_USER + number
+    with open("/proc/self/uid_map") as file:
+        ranges = [tuple(map(int, line.split())) for line in file]
+    known = any(first <= own < first + count for first, _, count in ranges)
+    return (own, True) if known else (NOBODY, False)
+
+
+def become(user):
+    """Become another user, who may read what root may, such as the interpreter's modules, but write nothing of it.
+
+    Root itself is above the limit of processes, and may write everywhere.
+    """
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    _LIBC.prctl(_KEEP_CAPABILITIES, 1, 0, 0, 0)
+    os.setresuid(user, user, user)
+    _LIBC.capset(struct.pack("=Ii", _CAPABILITIES_3, 0), struct.pack("=6I", _READ, _READ, _READ, 0, 0, 0))
+    _LIBC.prctl(_AMBIENT, _AMBIENT_RAISE, _READ.bit_length() - 1, 0, 0)  # also for programs that it starts
+    _LIBC.prctl(_DUMPABLE, 1, 0, 0, 0)  # else /proc/self stays root's
 
 
 def die_with_parent():

@@ -4,7 +4,7 @@ What the file may define:
 
     functions with type hints and a docstring   the tools; every public one that the file itself defines, or
     TOOLS = [add, (lookup, {...}), ...]         those, with a JSON schema beside the ones that need one
-    setup(given) -> state                       an episode's state out of what the problem gives; without it a copy of that
+    setup(given) -> state                       an episode's state, of what the problem gives; a copy of that without it
     score(state, transcript) -> bool or float   whether an episode solved its problem
 
 A tool whose first parameter is `state` gets the episode's state; module variables are the episode's own as well, since

@@ -48,7 +48,7 @@ class Limits:
         processes: processes and threads of a session together; does not bind root (see `strict`).
         request_bytes, reply_bytes: size of a line.
         network: whether the network stays; closing it needs a kernel that allows namespaces.
-        strict: run in an empty temporary folder, removed with the session, and as nobody if the trainer is root.
+        strict: run in an empty temporary folder, removed with the session, and as another user if the trainer is root.
         namespaces: ask the kernel for user, process and network namespaces.
     """
 
@@ -178,20 +178,34 @@ class WorkerHost:
             return self._greeting
 
     def open(self) -> Session:
-        """A fresh session. A server that has died is started anew, without the sessions it left."""
-        ours, theirs = socket.socketpair()
-        with self._lock, theirs:
+        """A fresh session. A server that has died is started anew, without the sessions it left.
+
+        Raises:
+            UserError: the service cannot be loaded.
+            WorkerDied: the new server does not start sessions either.
+        """
+        with self._lock:
             self._start()
-            try:
-                self._request_session(theirs)
-            except OSError:
+            connection = self._request_session()
+            if connection is None:
                 self._stop()
                 self._start()
-                self._request_session(theirs)
-        return Session(ours, self.deadline_s)
+                connection = self._request_session()
+        if connection is None:
+            raise WorkerDied("open")
+        return Session(connection, self.deadline_s)
 
-    def _request_session(self, end: socket.socket) -> None:
-        socket.send_fds(self._control, [b"+"], [end.fileno()])
+    def _request_session(self) -> socket.socket | None:
+        """The connection to a session that has started, or None when the server is gone."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(self._start_s)
+        with theirs, suppress(OSError):
+            socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+        with suppress(OSError):
+            if ours.recv(1):
+                return ours
+        ours.close()
+        return None
 
     def call(self, op: str, **args: Any) -> Any:
         """One operation that keeps no state, on a session kept for such calls; see `Session.call`."""
@@ -219,7 +233,7 @@ class WorkerHost:
             return
         control, theirs = socket.socketpair()
         scratch = tempfile.mkdtemp(prefix="autotool-worker-")
-        os.chmod(scratch, 0o711)  # the folders of sessions are below it, and may belong to nobody
+        os.chmod(scratch, 0o711)  # the folders of sessions are below it, and may belong to other users
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "TZ": "UTC", "HOME": scratch, "TMPDIR": scratch}
         command = [sys.executable, "-I", "-B", str(_WORKER), str(self.service), self.argument]
         process = subprocess.Popen(

@@ -1,8 +1,8 @@
 """JSON schemas out of functions: type hints say what an argument is, the docstring what it means.
 
 The result is that of `transformers.utils.get_json_schema` for functions that it accepts (Google's docstring style, an
-`Args:` section). More is accepted here: arguments that are not described, hints of `TypedDict` and `tuple`. Stands alone
-(the standard library only), because it runs inside the sandbox.
+`Args:` section). More is accepted here: arguments that are not described, hints of `TypedDict` and `tuple`. Stands
+alone (the standard library only), because it runs inside the sandbox.
 """
 
 import collections.abc
@@ -122,7 +122,7 @@ def _of_union(parts):
 
 def split_docstring(text):
     """What a Google-style docstring says first, and what it says of each argument: (text, {name: text})."""
-    lines, about, section, last = [], {}, None, None
+    lines, about, section, last, depth = [], {}, None, None, 0
     for line in text.splitlines():
         heading = _SECTION.match(line)
         if heading:
@@ -131,9 +131,8 @@ def split_docstring(text):
             lines.append(line)
         elif section in ("Args", "Arguments"):
             found = _ARGUMENT.match(line)
-            deeper = last is not None and _indent(line) > indent
-            if found and not deeper:
-                last, indent = found.group(1), _indent(line)
+            if found and (last is None or _indent(line) <= depth):
+                last, depth = found.group(1), _indent(line)
                 about[last] = found.group(2).strip()
             elif last is not None and line.strip():
                 about[last] += " " + line.strip()

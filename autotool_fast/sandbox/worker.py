@@ -1,15 +1,18 @@
 """A server of short-lived processes for code that is not ours. Run as a script: `worker.py SERVICE ARGUMENT FD LIMITS`.
 
-It loads one service (a Python file with `load(argument) -> (operations, facts)`) and what the service imports, then forks
-two processes per session: a keeper, and under it the process that runs the operations. A session starts in a few
+It loads one service (a Python file with `load(argument) -> (operations, facts)`) and what the service imports, then
+forks two processes per session: a keeper, and under it the process that runs the operations. A session starts in a few
 milliseconds and shares no state with any other. Requests and answers are JSON lines on the session's own socket, which
 only the keeper holds: it relays them, keeps the deadline of each request, and ends the whole family of processes when
 the deadline passes, an answer is too large, the process is gone, or the trainer hangs up.
 
-The process has limits of CPU time, memory, file size, open files and processes; nothing but its end of a socket pair to
-the keeper is open; it has no network and sees no other process where the kernel allows namespaces. This contains
-accidents and careless code. The code runs as the user and can read what the user can read (as nobody in a strict session
-of root), so it is no jail for an attacker. That model text is never evaluated is the services' business.
+Covered: time, processor time, memory, file size, open files and processes are limited; nothing but its end of a socket
+pair to the keeper is open; the environment holds no secrets; where the kernel allows namespaces there is no network, no
+other process to be seen, and none that outlives the session.
+Not covered: the code can read every file that the user can read, and write where the user can (strict sessions of root
+have a user of their own), fill a disk with many files, use sockets that are files, and attack the kernel. Without
+namespaces it can also signal the user's processes, read their environment, and use the network. This contains accidents
+and careless code, not an attacker. That model text is never evaluated is the services' business.
 """
 
 import gc
@@ -61,15 +64,19 @@ def serve(end, operations):
             stream.flush()
 
 
-def confine(end, limits, apart):
+def confine(end, limits, apart, user):
     """Make this process ready for code that is not ours; returns its end of the socket pair, all else is closed."""
     os.setsid()
-    contain.die_with_parent()
     for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     kept = os.dup2(end.detach(), 3)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-    contain.limit({**limits, "others": 0 if apart else contain.tasks_of(os.geteuid())})
+    if apart:
+        contain.hide_processes()
+    if user is not None:
+        contain.become(user)
+    contain.die_with_parent()
+    contain.limit(limits)
     return socket.socket(fileno=kept)
 
 
@@ -123,21 +130,29 @@ def relay(connection, process, limits):
 def keep(connection, operations, limits, folder):
     """Run a session in a process below this one, and leave nothing of it behind."""
     contain.adopt_orphans()
+    root = os.geteuid() == 0
+    user, alone = contain.session_user(os.getpid()) if folder and root else (None, False)
     if folder:
         os.chdir(folder)
         os.environ.update(HOME=folder, TMPDIR=folder)
         tempfile.tempdir = None
-        contain.give_up_root()
-    apart = limits["namespaces"] and contain.leave(contain.NEW_USER | contain.NEW_PID)
+        if user is not None:
+            os.chown(folder, user, contain.NOBODY)
+    apart = False
+    if limits["namespaces"]:
+        apart = contain.leave(contain.NEW_PID if root else contain.NEW_USER | contain.NEW_PID)
+    if not alone and (root or not apart):  # the limit of processes counts all of the user's
+        limits = {**limits, "processes": limits["processes"] + contain.tasks_of(os.geteuid() if user is None else user)}
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         try:
-            serve(confine(theirs, limits, apart), operations)
+            serve(confine(theirs, limits, apart, user), operations)
         finally:
             os._exit(0)
     theirs.close()
     try:
+        connection.sendall(b"+")  # the session is there
         relay(connection, ours, limits)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -173,8 +188,6 @@ class Server:
         folder = None
         if self.limits["strict"]:
             folder = tempfile.mkdtemp(prefix="session-")
-            if os.geteuid() == 0:
-                os.chown(folder, contain.NOBODY, contain.NOBODY)
         pid = os.fork()
         if pid == 0:
             self.control.close()

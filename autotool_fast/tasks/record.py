@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Episode(Protocol):
     """One attempt at a task.
 
-    One that holds more than memory (a process, say) also has `close`, see `close_episode`. One whose calls take time also
-    has `begin`, which a rollout prefers to `step`: it starts the same work elsewhere and returns a
+    One that holds more than memory (a process, say) also has `close`, see `close_episode`. One whose calls take time
+    also has `begin`, which a rollout prefers to `step`: it starts the same work elsewhere and returns a
     `concurrent.futures.Future` of the messages, so that other episodes go on; and it may have
     `waited(idle_s, waits)`, which is told how long, and for what, a rollout has done nothing but wait.
     """
