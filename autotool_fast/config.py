@@ -112,6 +112,8 @@ class ModelConfig(Section):
     """Chat format of a pretrained model; auto: recognised by its template and special tokens."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. With bfloat16 the optimizer keeps float32 copies and gradients are summed in float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's files. Without it a model that needs such code is refused."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for one more forward pass."""
     layers: int = number(2, low=1)

@@ -174,7 +174,8 @@ class ToolEpisode:
         self._task, self._problem, self._problems, self._tools = task, problem, problems, problems.tools
         self._offered = {tool["function"]["name"] for tool in task.tools}
         self._transcript: list[dict[str, Any]] = list(task.messages)
-        self._made: list[ToolCall] = []
+        self._made: list[ToolCall] = []  # those that the tool answered without an error
+        self._tried = False
         self._session: Session | None = None
         self._closed = False
         self._correct = False
@@ -191,6 +192,7 @@ class ToolEpisode:
     def step(self, reply: ParsedReply) -> list[dict] | None:
         """Run the calls; a reply without calls is the answer, which is judged."""
         self._transcript.append(call_message(reply.text, reply.calls))
+        self._tried |= bool(reply.calls)
         try:
             if not reply.calls:
                 self._correct = self._judge(reply.text)
@@ -231,6 +233,8 @@ class ToolEpisode:
         if problem.expected is None and problem.answer is None:
             return self._score()
         right = problem.answer is None or says(text, problem.answer)
+        if problem.expected == ():
+            return right and not self._tried
         if right and problem.expected is not None:
             right = calls_match(self._made, problem.expected, defaults=self._tools.defaults)
         return right

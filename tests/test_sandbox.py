@@ -161,11 +161,13 @@ def deaf() -> str:
 
 def orphan() -> str:
     """Leave a process in a session of its own behind."""
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         os.setsid()
         if os.fork() == 0:
             time.sleep(600)
         os._exit(0)
+    os.waitpid(child, 0)
     return "left"
 
 def bomb() -> int:

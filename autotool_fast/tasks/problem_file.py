@@ -83,7 +83,7 @@ def read_problems(path: Path, schemas: Mapping[str, dict], *, scored: bool) -> l
         try:
             problem = _read(text, number, schemas, scored)
         except (RowError, ValueError, RecursionError) as error:
-            raise UserError(str(error), where=where, remedy="see docs/tools.md for the fields") from None
+            raise UserError(str(error), where=where, remedy="see docs/tools.md") from None
         if problem.id in seen:
             raise UserError(f"has the id {problem.id!r} of line {seen[problem.id]}", where=where, remedy="rename one")
         seen[problem.id] = number
