@@ -298,6 +298,13 @@ def write(size: int) -> str:
         file.write(b"x" * size)
     return str(os.path.getsize("note.txt"))
 
+def nest() -> str:
+    """Make folders in folders."""
+    for _ in range(3000):
+        os.mkdir("d")
+        os.chdir("d")
+    return "deep"
+
 def open_many() -> int:
     """Open files until nothing more goes."""
     kept = []
@@ -469,6 +476,14 @@ def test_files_are_limited_in_size_and_number(untouched):
     assert use(untouched, "write", size=1000) == "1000"
     assert "OSError: [Errno 27] File too large" in use(untouched, "write", size=2 << 20)
     assert 10 < int(use(untouched, "open_many")) < TIGHT.open_files
+
+
+def test_folders_nested_without_end_do_not_end_the_server(untouched):
+    server = min(family(untouched))
+    assert use(untouched, "nest") == "deep"
+    for _ in range(3):
+        assert use(untouched, "add", a=1) == "1"
+    assert server in family(untouched)
 
 
 def test_arguments_are_checked_before_a_tool_runs(untouched):

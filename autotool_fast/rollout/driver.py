@@ -28,7 +28,7 @@ from autotool_fast.rollout.rng import row_seeds
 from autotool_fast.tasks.record import Episode, Task, Wait, close_episode
 
 T = TypeVar("T")
-PATIENCE_S = 0.2
+PATIENCE_S = 0.5
 """Seconds that decoding waits for calls it has just started."""
 _POLL_S = 0.1
 

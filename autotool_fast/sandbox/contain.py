@@ -112,6 +112,8 @@ def die_with_parent():
 def children():
     """Processes whose parent is this one."""
     mine, found = os.getpid(), []
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{mine}/children") as file:
+        return [int(number) for number in file.read().split()]
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
@@ -132,18 +134,20 @@ def end_family(leader, patience_s=5.0):
     process one generation at a time (see `adopt_orphans`) and are killed as they do.
     """
     end = time.monotonic() + patience_s
+    gone = False
     _kill(leader)
     while time.monotonic() < end:
         _kill(-leader)
         try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                gone |= pid == leader
         except ChildProcessError:
             _kill(-leader)
             return
-        for child in children():
-            _kill(child)
-        time.sleep(0.002)
+        if gone:
+            for child in children():
+                _kill(child)
+        time.sleep(0.001)
 
 
 def _kill(number):

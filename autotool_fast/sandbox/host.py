@@ -184,28 +184,22 @@ class WorkerHost:
             UserError: the service cannot be loaded.
             WorkerDied: the new server does not start sessions either.
         """
-        with self._lock:
-            self._start()
-            connection = self._request_session()
-            if connection is None:
-                self._stop()
+        for _ in range(2):
+            ours, theirs = socket.socketpair()
+            ours.settimeout(self._start_s)
+            with self._lock, theirs:
                 self._start()
-                connection = self._request_session()
-        if connection is None:
-            raise WorkerDied("open")
-        return Session(connection, self.deadline_s)
-
-    def _request_session(self) -> socket.socket | None:
-        """The connection to a session that has started, or None when the server is gone."""
-        ours, theirs = socket.socketpair()
-        ours.settimeout(self._start_s)
-        with theirs, suppress(OSError):
-            socket.send_fds(self._control, [b"+"], [theirs.fileno()])
-        with suppress(OSError):
-            if ours.recv(1):
-                return ours
-        ours.close()
-        return None
+                asked = self._control
+                with suppress(OSError):
+                    socket.send_fds(asked, [b"+"], [theirs.fileno()])
+            with suppress(OSError):
+                if ours.recv(1):  # outside the lock: sessions start side by side
+                    return Session(ours, self.deadline_s)
+            ours.close()
+            with self._lock:
+                if self._control is asked:
+                    self._stop()
+        raise WorkerDied("open")
 
     def call(self, op: str, **args: Any) -> Any:
         """One operation that keeps no state, on a session kept for such calls; see `Session.call`."""
@@ -276,4 +270,5 @@ def _stop(control: socket.socket, process: subprocess.Popen, scratch: str) -> No
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # not yet waited for, so the number is still its own
         process.wait()
-    shutil.rmtree(scratch, ignore_errors=True)
+    with suppress(RecursionError):  # folders that a tool nested without end
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,7 +1,7 @@
 """A server of short-lived processes for code that is not ours. Run as a script: `worker.py SERVICE ARGUMENT FD LIMITS`.
 
 It loads one service (a Python file with `load(argument) -> (operations, facts)`) and what the service imports, then
-forks two processes per session: a keeper, and under it the process that runs the operations. A session starts in a few
+forks two processes per session: a keeper, and under it the process that runs the operations. A session starts in some
 milliseconds and shares no state with any other. Requests and answers are JSON lines on the session's own socket, which
 only the keeper holds: it relays them, keeps the deadline of each request, and ends the whole family of processes when
 the deadline passes, an answer is too large, the process is gone, or the trainer hangs up.
@@ -15,6 +15,7 @@ namespaces it can also signal the user's processes, read their environment, and 
 and careless code, not an attacker. That model text is never evaluated is the services' business.
 """
 
+import contextlib
 import gc
 import importlib.util
 import json
@@ -205,7 +206,8 @@ class Server:
             while pid := os.waitpid(-1, os.WNOHANG)[0]:
                 folder = self.keepers.pop(pid, None)
                 if folder:
-                    shutil.rmtree(folder, onerror=lambda *_: None)
+                    with contextlib.suppress(RecursionError):  # folders that a tool nested without end
+                        shutil.rmtree(folder, ignore_errors=True)
         except ChildProcessError:
             return
         for stray in set(contain.children()) - set(self.keepers):
