@@ -525,6 +525,9 @@ session.call("call", name="spin", arguments={{}})
     assert trainer.stdout.readline() == b"ready\n"
     everyone = [pid for pid in descendants(1) if str(path) in command(pid)]
     assert len(everyone) >= 4  # server, keeper, its process, and the one left behind
+    scratch = Path(f"/proc/{min(everyone)}/cwd").resolve()
+    assert scratch.name.startswith("autotool-worker-")
     trainer.kill()
     trainer.wait()
     assert wait_for(lambda: not [pid for pid in descendants(1) if str(path) in command(pid)])
+    assert not scratch.exists()

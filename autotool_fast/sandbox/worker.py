@@ -232,6 +232,7 @@ def main(service, argument, descriptor, limits):
     control.sendall(json.dumps(greeting).encode() + b"\n")
     if operations is not None:
         Server(control, operations, limits).run()
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)  # a trainer that was killed cannot
 
 
 if __name__ == "__main__":
