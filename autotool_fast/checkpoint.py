@@ -79,7 +79,7 @@ class Checkpoint:
             adapters.load_weights(model, self.model)
             return
         with no_progress_bars():
-            saved = type(model).from_pretrained(self.model, dtype=model.dtype)
+            saved = type(model).from_pretrained(self.model, dtype=model.dtype, use_safetensors=True)
         model.load_state_dict(saved.state_dict())
 
 

@@ -63,26 +63,44 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class EnvironmentConfig(Section):
-    """Simulators as a source of RL prompts and held-out tasks; they need a pretrained model. What is labelled and
-    warmed up on is prepared data in any case."""
+    """Simulators or your own tools as a source of RL prompts and held-out tasks; they need a pretrained model. What is
+    labelled and warmed up on is prepared data in any case."""
 
     section: ClassVar[str] = "environment"
 
-    kind: Literal["none", "bfcl"] = "none"
-    """bfcl: the multi-turn entries of a folder with the layout of the bfcl-eval package. Short form: --environment."""
+    kind: Literal["none", "bfcl", "tools"] = "none"
+    """bfcl: the multi-turn entries of a folder with the layout of the bfcl-eval package; tools: your own tools and
+    problems. Short form: --environment."""
     path: str = ""
-    """That folder; empty: the installed package."""
+    """bfcl: that folder; empty: the installed package."""
     categories: tuple[Dialogues, ...] = ("multi_turn_base",)
-    """Which entries."""
+    """bfcl: which entries."""
+    tools: str = ""
+    """tools: a Python file of functions. It is run, in a sandbox (docs/security.md); nothing else names code to run."""
+    problems: str = ""
+    """tools: a JSONL file of problems (docs/tools.md)."""
     share: float = number(1.0, above=0.0, high=1.0)
-    """Share of the RL prompts that come from the simulators; the rest comes from prepared data."""
+    """Share of the RL prompts that come from the environment; the rest comes from prepared data."""
     test_share: float = number(0.2, above=0.0, below=1.0)
     """Share of the entries held out for evaluation."""
     call_deadline_s: float = number(5.0, above=0.0)
-    """Seconds the calls of one reply may take; then the episode is over and wrong. Others wait meanwhile."""
+    """Seconds that a call may take (bfcl: all calls of one reply); then the episode is over and wrong."""
+    result_chars: int = number(4000, low=100)
+    """tools: characters of a result that the model reads; a longer one is cut in the middle."""
+    memory_mib: int = number(1024, low=128)
+    """tools: address space of an episode's process, MiB, with what the file imports."""
+    network: bool = False
+    """tools: let them use the network."""
+    slow_call_s: float = number(10.0, above=0.0)
+    """tools: seconds with nothing to do but wait for calls, after which progress names them."""
 
     def validate(self) -> None:
         self.require(bool(self.categories), "categories", "must name at least one category")
+        for name in ("tools", "problems"):
+            given, wanted = bool(getattr(self, name)), self.kind == "tools"
+            self.require(given or not wanted, name, "is needed with environment.kind tools", "name a file")
+            remedy = "add --environment tools"
+            self.require(wanted or not given, name, f"has no effect with environment.kind {self.kind}", remedy)
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,8 @@ class ModelConfig(Section):
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention of the training forward. flash: flash-attn; varlen: torch's variable-length attention, both for 16-bit
     weights on a GPU; sdpa: torch's padded one, anywhere; auto: the first of them that is there and fits."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's files. Without it a model that needs such code is refused."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for one more forward pass."""
     layers: int = number(2, low=1)
@@ -502,7 +522,8 @@ class TrainConfig(Section):
         self.require(share, "environment.share", "must be 1 without prepared data", "add --data")
         learn = {"label", "distill"} | ({"warmup"} if self.start != "cold" else set())
         for stage in self.stages:
-            problem = f"stage {stage} needs prepared data: simulators give no replies to learn from"
+            source = "simulators give" if self.environment.kind == "bfcl" else "your problems give"
+            problem = f"stage {stage} needs prepared data: {source} no replies to learn from"
             remedy = "add --data, or train without a warm-up: --start cold --stages refine,rl,eval"
             self.require(stage not in learn, "stages", problem, remedy)
 

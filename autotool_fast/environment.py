@@ -1,4 +1,7 @@
-"""Simulators as a training environment: RL prompts and held-out tasks out of BFCL's multi-turn entries, or one's own.
+"""Environments to train in: RL prompts and held-out tasks whose episodes run code, alone or beside prepared data.
+
+`Mixed` is what they have in common, `SimulatorProblems` BFCL's multi-turn entries, or one's own of their form; a user's
+tools are in `own_tools`.
 
 Entries come from a folder of the layout of `bfcl-eval`. Those that share a user's message or a state to begin with are
 on one side of the split, which a hash of their content decides: nothing that is trained on is evaluated, whatever the
@@ -6,7 +9,7 @@ seed.
 
 An episode has simulators of its own, in a process that starts with its first call and is closed with the episode. One
 whose simulators pass the deadline of a call or crash is over and wrong; such episodes are counted and reported, and
-nothing else suffers.
+nothing else suffers. Calls run in threads, so that the rollout goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,22 +38,114 @@ _COMMON = 8
 """A message that more tasks hold is a phrase ("Thanks."), such a state a default; variants of one entry are fewer."""
 
 
-class SimulatorProblems:
-    """Tasks on simulators, alone or beside prepared data.
+class Mixed:
+    """Tasks of an environment, alone or beside prepared data.
 
-    A task's family is bfcl/<category>, its difficulty the number of user turns beyond the first. Label prompts and
-    their answers are the data's; RL prompts are mixed by `config.share`; both are held out.
+    Label prompts and their answers are the data's; RL prompts are mixed by `config.share`; both are held out.
 
     Args:
-        config: which entries, and how large the shares are.
+        config: how large the shares are.
         seed: of the run; orders the prompts.
-        unusable: why a task's prompt cannot be used, or None.
-        max_turns: replies of an episode; entries that cannot be solved with so many are left out.
         data: prepared data, if the run has any.
         warn: told about lost episodes.
+        slots: episodes that run side by side, so that one's call does not wait for another's.
 
     Attributes:
-        lost: reason -> number of episodes that lost their simulators.
+        lost: reason -> number of episodes that lost their environment.
+    """
+
+    notices: Sequence[str]
+    weights: Mapping[Cell, float]
+    lost_what = "their simulators"
+
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        seed: int,
+        *,
+        data: DataProblems | None,
+        warn: Callable[[str], None],
+        slots: int,
+    ) -> None:
+        self._config, self._seed, self._data, self._warn = config, seed, data, warn
+        self._share = config.share if data else 1.0
+        self._parts: dict[str, list[Task]] = {"train": [], "test": []}
+        self.lost: Counter[str] = Counter()
+        self.pool = ThreadPoolExecutor(slots, thread_name_prefix="calls")
+
+    def _use(self, left_out: Counter[str]) -> None:
+        """Take the tasks in `_parts` into use, once they are there.
+
+        Raises:
+            UserError: a side of the split has no task.
+        """
+        for split, tasks in self._parts.items():
+            if not tasks:
+                why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none left out"
+                remedy = "give more entries, or change environment.test_share, model.max_positions, rollout.max_turns"
+                raise UserError(f"the {split} split has no usable entry ({why})", where="environment", remedy=remedy)
+        self.notices = (
+            *(self._data.notices if self._data else ()),
+            *(f"environment: {count} entries left out, {reason}" for reason, count in left_out.items()),
+        )
+        counts = Counter((task.family, task.difficulty) for tasks in self._parts.values() for task in tasks)
+        weights = {cell: self._share * count / counts.total() for cell, count in sorted(counts.items())}
+        rest = self._data.weights if self._data else {}
+        self.weights = weights | {cell: (1 - self._share) * weight for cell, weight in rest.items()}
+
+    def report(self, reason: str, task: Task, words: str = "") -> None:
+        """Count a lost episode, and tell of it now and then."""
+        self.lost[reason] += 1
+        total = self.lost.total()
+        if total & (total - 1) == 0:  # 1, 2, 4, ...: seen at once, without flooding the progress
+            self._warn(f"environment: {self.lost_text()}; the last one of {task.id}{f': {words}' if words else ''}")
+
+    def lost_text(self) -> str:
+        """How many episodes lost their environment, by reason."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.lost.items()))
+        return f"{self.lost.total()} episodes lost {self.lost_what} and count as wrong ({reasons or 'none'})"
+
+    def training(self, count: int, purpose: str) -> list[Task]:
+        """Up to `count` prompts: for "rl" a mix, for "label" the data's.
+
+        Where one source has too few, the other one's number stays what its share is.
+        """
+        if purpose != "rl":
+            assert self._data is not None, "the settings refuse to label an environment's tasks"
+            return self._data.training(count, purpose)
+        wanted = round(count * self._share)
+        tasks = self._parts["train"]
+        order = np.random.default_rng([self._seed, len(tasks)]).permutation(len(tasks))
+        mine = [tasks[i] for i in order[:wanted]]
+        return mine + (self._data.training(count - wanted, purpose) if self._data and count > wanted else [])
+
+    def held_out(self, per_cell: int, purpose: str) -> list[Task]:
+        """The first `per_cell` held-out tasks of every cell, the data's after the environment's."""
+        mine = per_cell_first(self._parts["test"], per_cell)
+        return mine + (self._data.held_out(per_cell, purpose) if self._data else [])
+
+    def answer(self, task: Task) -> list[str]:
+        """The data set's reply."""
+        assert self._data is not None, "the settings refuse to label an environment's tasks"
+        return self._data.answer(task)
+
+    def close(self) -> None:
+        """Say how many episodes were lost."""
+        if self.lost:
+            self._warn(f"environment: {self.lost_text()}")
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class SimulatorProblems(Mixed):
+    """Tasks on simulators.
+
+    A task's family is bfcl/<category>, its difficulty the number of user turns beyond the first.
+
+    Args:
+        config: which entries.
+        unusable: why a task's prompt cannot be used, or None.
+        max_turns: replies of an episode; entries that cannot be solved with so many are left out.
+        options: of `Mixed`.
 
     Raises:
         UserError: the package or its data cannot be loaded, or a side of the split has no usable task.
@@ -61,18 +158,15 @@ class SimulatorProblems:
         *,
         unusable: Callable[[Task], str | None],
         max_turns: int,
-        data: DataProblems | None,
-        warn: Callable[[str], None],
+        **options: Any,
     ) -> None:
-        self._seed, self._share, self._data, self._warn = seed, config.share if data else 1.0, data, warn
-        self.lost: Counter[str] = Counter()
+        super().__init__(config, seed, **options)
         folder = Path(config.path) if config.path else None
         self._benchmark = Bfcl(folder, config.categories, deadline_s=config.call_deadline_s, option=OPTION)
         try:
             tasks = self._benchmark.tasks()
             held_out = held_out_ids(tasks, config.test_share)
             left_out: Counter[str] = Counter()
-            self._parts: dict[str, list[Task]] = {"train": [], "test": []}
             for task in tasks:
                 turns = "more turns than rollout.max_turns" if replies_needed(task) > max_turns else None
                 if reason := turns or unusable(task):
@@ -80,15 +174,10 @@ class SimulatorProblems:
                     continue
                 split = "test" if task.id in held_out else "train"
                 self._parts[split].append(self._prepared(task, split))
-            self._check_parts(left_out)
+            self._use(left_out)
         except BaseException:
             self.close()
             raise
-        self.notices = (
-            *(data.notices if data else ()),
-            *(f"environment: {count} entries left out, {reason}" for reason, count in left_out.items()),
-        )
-        self.weights = self._mix_weights()
 
     def _prepared(self, task: Task, split: str) -> Task:
         return dataclasses.replace(
@@ -96,71 +185,34 @@ class SimulatorProblems:
             family=f"bfcl/{task.family}",
             difficulty=len(task.spec["entry"]["question"]) - 1,
             split=split,
-            start=lambda _: Attempt(task, self._benchmark, self._report),
+            start=lambda _: Attempt(task, self._benchmark, self),
         )
-
-    def _check_parts(self, left_out: Counter[str]) -> None:
-        for split, tasks in self._parts.items():
-            if not tasks:
-                why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none left out"
-                remedy = "give more entries, or change environment.test_share, model.max_positions, rollout.max_turns"
-                raise UserError(f"the {split} split has no usable entry ({why})", where="environment", remedy=remedy)
-
-    def _mix_weights(self) -> dict[Cell, float]:
-        counts = Counter((task.family, task.difficulty) for tasks in self._parts.values() for task in tasks)
-        weights = {cell: self._share * count / counts.total() for cell, count in sorted(counts.items())}
-        rest = self._data.weights if self._data else {}
-        return weights | {cell: (1 - self._share) * weight for cell, weight in rest.items()}
-
-    def _report(self, reason: str, task: Task) -> None:
-        self.lost[reason] += 1
-        total = self.lost.total()
-        if total & (total - 1) == 0:  # 1, 2, 4, ...: seen at once, without flooding the progress
-            self._warn(f"environment: {self.lost_text()}; the last one of {task.id}")
-
-    def lost_text(self) -> str:
-        """How many episodes lost their simulators, by reason."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.lost.items()))
-        return f"{self.lost.total()} episodes lost their simulators and count as wrong ({reasons or 'none'})"
-
-    def training(self, count: int, purpose: str) -> list[Task]:
-        """Up to `count` prompts: for "rl" a mix, for "label" the data's.
-
-        Where one source has too few, the other one's number stays what its share is.
-        """
-        if purpose != "rl":
-            assert self._data is not None, "the settings refuse to label simulator tasks"
-            return self._data.training(count, purpose)
-        wanted = round(count * self._share)
-        tasks = self._parts["train"]
-        order = np.random.default_rng([self._seed, len(tasks)]).permutation(len(tasks))
-        mine = [tasks[i] for i in order[:wanted]]
-        return mine + (self._data.training(count - wanted, purpose) if self._data and count > wanted else [])
-
-    def held_out(self, per_cell: int, purpose: str) -> list[Task]:
-        """The first `per_cell` held-out tasks of every cell, the data's after the simulators'."""
-        mine = per_cell_first(self._parts["test"], per_cell)
-        return mine + (self._data.held_out(per_cell, purpose) if self._data else [])
-
-    def answer(self, task: Task) -> list[str]:
-        """The data set's reply."""
-        assert self._data is not None, "the settings refuse to label simulator tasks"
-        return self._data.answer(task)
 
     def close(self) -> None:
         """End every simulator, and say how many episodes were lost."""
-        if self.lost:
-            self._warn(f"environment: {self.lost_text()}")
+        super().close()
         self._benchmark.close()
 
 
 class Attempt:
     """One training episode: ends, wrong, when its simulators are gone."""
 
-    def __init__(self, task: Task, benchmark: Bfcl, report: Callable[[str, Task], None]) -> None:
-        self._task, self._report = task, report
+    def __init__(self, task: Task, benchmark: Bfcl, problems: Mixed) -> None:
+        self._task, self._problems = task, problems
         self._episode = MultiTurn(task, benchmark.host)
-        self._verdict: bool | None = None
+        self._reported = False
+
+    def begin(self, reply: ParsedReply) -> Future[list[dict] | None]:
+        """`step` in a thread; what ends the episode is judged there as well."""
+
+        def work() -> list[dict] | None:
+            following = self.step(reply)
+            if following is None:
+                self.close()  # the checker has simulators of its own
+                self._episode.verdict()
+            return following
+
+        return self._problems.pool.submit(work)
 
     def step(self, reply: ParsedReply) -> list[dict] | None:
         """Run the calls; a reply without calls ends the user's turn."""
@@ -171,12 +223,12 @@ class Attempt:
 
     def score(self) -> bool:
         """BFCL's verdict."""
-        if self._verdict is None:
-            verdict = self._episode.verdict()
-            self._verdict = verdict.correct
-            if lost := self._episode.lost or ("checker_failed" if verdict.reason == "checker_failed" else None):
-                self._report(lost, self._task)
-        return self._verdict
+        verdict = self._episode.verdict()
+        lost = self._episode.lost or ("checker_failed" if verdict.reason == "checker_failed" else None)
+        if lost and not self._reported:
+            self._reported = True
+            self._problems.report(lost, self._task)
+        return verdict.correct
 
     def close(self) -> None:
         """End the simulators' process."""

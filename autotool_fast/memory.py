@@ -52,8 +52,10 @@ class Shape:
     positions: int | None
 
 
-def shape_of(source: str) -> Shape | None:
+def shape_of(source: str, *, own_code: bool = False) -> Shape | None:
     """Sizes of a preset's model, the model in a folder or a downloaded hub model; None without a config.json here.
+
+    `own_code` lets code that comes with the model run.
 
     Raises:
         UserError: the folder's config.json is damaged, or of a kind that transformers does not know.
@@ -66,14 +68,15 @@ def shape_of(source: str) -> Shape | None:
             kind, sizes = KNOWN[source]
             config = AutoConfig.for_model(kind, **sizes)
         else:
-            config = AutoConfig.from_pretrained(source, local_files_only=True)
+            config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=own_code)
     except OSError:
         return None
     except (ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"has a config.json that cannot be read ({reason})", where=f"model.path ({source})") from error
+        problem, remedy = f"has a config.json that cannot be read ({reason})", own_code_remedy(error)
+        raise UserError(problem, where=f"model.path ({source})", remedy=remedy) from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=own_code)
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     text = config.get_text_config()
@@ -90,6 +93,12 @@ def shape_of(source: str) -> Shape | None:
         vocab=text.vocab_size,
         positions=getattr(text, "max_position_embeddings", None),
     )
+
+
+def own_code_remedy(error: Exception) -> str | None:
+    """What to do when transformers refused a model because it brings code, or None for another error."""
+    refused = "trust_remote_code" in str(error)
+    return "read the model's own code, then add --model.trust-remote-code to run it" if refused else None
 
 
 def estimate(shape: Shape, config: TrainConfig, ranks: int = 1) -> dict[str, int]:
@@ -135,7 +144,7 @@ def describe(config: TrainConfig) -> str:
     Raises:
         UserError: see `shape_of`; or the model has fewer positions than the run is to use.
     """
-    shape = shape_of(config.model.path)
+    shape = shape_of(config.model.path, own_code=config.model.trust_remote_code)
     if shape is None:
         return "not known before the model is downloaded"
     if shape.positions is not None and config.model.max_positions > shape.positions:

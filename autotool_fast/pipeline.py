@@ -22,6 +22,7 @@ from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
 from autotool_fast.errors import UserError, cannot_write
 from autotool_fast.loop import Context, StageState, StepResult, make_optimizers, run_steps, trapezoid
+from autotool_fast.own_tools import ToolProblems
 from autotool_fast.policy import recompute_activations
 from autotool_fast.problems import DataProblems, Problems, WorldProblems
 from autotool_fast.rl import rollout_limits
@@ -46,10 +47,11 @@ class Pipeline:
         model = self.config.model
         if model.path:
             context.progress.say(f"memory: {memory.describe(self.config)}")
-        self.tokenizer = load_tokenizer(model.path) if model.path else build_tokenizer()
         if model.path:
+            self.tokenizer = load_tokenizer(model.path, own_code=model.trust_remote_code)
             self.chat = chat_format(self.tokenizer, model.chat_format, option="--model.chat-format")
         else:
+            self.tokenizer = build_tokenizer()
             self.chat = ChatFormat(self.tokenizer)
         self.limits = rollout_limits(self.config.rollout)
         self.device = torch.device(self.config.device)
@@ -85,14 +87,11 @@ class Pipeline:
             )
         if config.environment.kind == "none":
             return data
-        return SimulatorProblems(
-            config.environment,
-            config.seed,
-            unusable=unusable,
-            max_turns=self.limits.max_turns,
-            data=data,
-            warn=self.context.progress.say,
-        )
+        options = {"data": data, "warn": self.context.progress.say, "slots": config.rollout.slots}
+        if config.environment.kind == "tools":
+            return ToolProblems(config.environment, config.seed, unusable=unusable, **options)
+        turns = self.limits.max_turns
+        return SimulatorProblems(config.environment, config.seed, unusable=unusable, max_turns=turns, **options)
 
     def _mode_tags(self) -> list[list[int]]:
         return [self.chat.encode_mode(mode) for mode in MODES]
@@ -105,12 +104,13 @@ class Pipeline:
         """A model that an earlier stage saved, or (base) the pretrained one."""
         config = self.config.model
         if name == "base" and config.path:
-            return load_model(config.path, config.dtype, where=f"model.path ({config.path})").to(self.device)
+            where, own_code = f"model.path ({config.path})", config.trust_remote_code
+            return load_model(config.path, config.dtype, where=where, own_code=own_code).to(self.device)
         folder = self.run.model(name)
         if not (folder / "config.json").exists():
             stage = next(stage for stage, model in MODEL_OF_STAGE.items() if model == name)
             raise UserError("is missing", where=str(folder), remedy=f"run stage {stage} first")
-        return load_model(folder, config.dtype).to(self.device)
+        return load_model(folder, config.dtype, own_code=config.trust_remote_code).to(self.device)
 
     def trainable(self, name: str) -> PreTrainedModel:
         """A model that an earlier stage saved, to be trained on: all of it, or an adapter beside it."""
@@ -207,8 +207,13 @@ class Pipeline:
         self.save(model, MODEL_OF_STAGE[stage])
 
 
-def load_model(source: Path | str, dtype: str = "float32", *, where: str | None = None) -> PreTrainedModel:
-    """A model folder, or a model of the hub.
+def load_model(
+    source: Path | str, dtype: str = "float32", *, where: str | None = None, own_code: bool = False
+) -> PreTrainedModel:
+    """A model folder, or a model of the hub, its weights in safetensors.
+
+    Args:
+        own_code: run code that comes with the model, if it has any.
 
     Raises:
         UserError: there is no model, or a damaged one; `where` names the setting to blame.
@@ -216,23 +221,29 @@ def load_model(source: Path | str, dtype: str = "float32", *, where: str | None 
     try:
         with no_progress_bars():
             return AutoModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, dtype), local_files_only=isinstance(source, Path)
+                source,
+                dtype=getattr(torch, dtype),
+                local_files_only=isinstance(source, Path),
+                use_safetensors=True,
+                trust_remote_code=own_code,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         problem = f"holds no model that can be loaded ({reason})"
-        raise UserError(problem, where=where or str(source), remedy=COMPLETE) from error
+        remedy = memory.own_code_remedy(error) or COMPLETE
+        raise UserError(problem, where=where or str(source), remedy=remedy) from error
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a pretrained model.
+def load_tokenizer(source: str, *, own_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model; `own_code` as in `load_model`.
 
     Raises:
         UserError: there is none, or a damaged one.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=own_code)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         problem = f"holds no tokenizer that can be loaded ({reason})"
-        raise UserError(problem, where=f"model.path ({source})", remedy=COMPLETE) from error
+        remedy = memory.own_code_remedy(error) or COMPLETE
+        raise UserError(problem, where=f"model.path ({source})", remedy=remedy) from error

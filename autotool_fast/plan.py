@@ -5,12 +5,13 @@ Neither needs torch, unless a GPU or a pretrained model is asked for.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
 
 from autotool_fast import distributed, memory
-from autotool_fast.config import FLASH_MODULES, Stage, TrainConfig
+from autotool_fast.config import FLASH_MODULES, EnvironmentConfig, Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.tasks.world import World
 
@@ -24,15 +25,18 @@ def check(config: TrainConfig) -> None:
     """Refuse a run that cannot succeed, while what the run folder holds is still untouched.
 
     Raises:
-        UserError: no task can be drawn; the environment's package is missing; there is no GPU or no rollout server (a
-            dry run needs neither), or no peft or torchao where one is asked for; several processes are to offload; a
-            stage of a new run needs one that is not run; `base.reuse` holds no model, or is about to be removed by
+        UserError: no task can be drawn; the environment's package is missing, or the user's tools or problems are not
+            in order; there is no GPU or no rollout server (a dry run needs neither), or no peft or torchao where one is
+            asked for; several processes are to offload; a stage of a new run needs one that is not run; `base.reuse`
+            holds no model, or is about to be removed by
             --overwrite.
     """
     if config.environment.kind == "bfcl":
         from autotool_fast.eval.bfcl import locate
 
         locate(Path(config.environment.path) if config.environment.path else None, "--environment.path")
+    elif config.environment.kind == "tools":
+        inspect_tools(config.environment)
     elif not config.data.path:
         World(config.world.families, config.world.max_difficulty)
     if config.data.path and not Path(config.data.path).is_dir():
@@ -44,7 +48,7 @@ def check(config: TrainConfig) -> None:
     dialogues = config.environment.kind != "none" and config.rollout.max_turns < 2
     if dialogues:
         remedy = "raise it: every request of the user takes one reply and one for each round of calls"
-        raise UserError("allows no dialogue with simulators", where="rollout.max_turns", remedy=remedy)
+        raise UserError("allows no dialogue with an environment", where="rollout.max_turns", remedy=remedy)
     _check_model(config.model.path)
     if config.lora.rank and importlib.util.find_spec("peft") is None:
         raise UserError("needs peft", where="lora.rank", remedy="install it with pip install peft")
@@ -152,8 +156,19 @@ def describe(config: TrainConfig) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
+@functools.lru_cache(maxsize=1)
+def inspect_tools(config: EnvironmentConfig) -> str:
+    """A line about the user's tools and problems, which are loaded and checked; see `own_tools.inspect`."""
+    from autotool_fast import own_tools
+
+    return own_tools.inspect(config)
+
+
 def _environment_text(config: TrainConfig) -> str:
     chosen = config.environment
+    if chosen.kind == "tools":
+        files = f"{chosen.tools} with {chosen.problems}"
+        return f"{files}: {inspect_tools(chosen)}; {chosen.share:.0%} of the RL prompts"
     where = chosen.path or "the installed package"
     return f"{chosen.kind} in {where}: {', '.join(chosen.categories)}; {chosen.share:.0%} of the RL prompts"
 

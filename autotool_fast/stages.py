@@ -79,7 +79,7 @@ def _reused(source: Path, p: Pipeline) -> PreTrainedModel:
     where = f"base.reuse ({source})"
     try:
         model = load_model(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (UserError, OSError, ValueError) as error:
         reason = error.what if isinstance(error, UserError) else "holds no tokenizer"
         raise UserError(reason, where=where, remedy="name a models/base folder") from error

@@ -66,6 +66,7 @@ class ScriptedEngine:
     """What the rollout driver needs of the slot engine, with replies out of `script[sample][turn]`."""
 
     max_len = 100_000
+    slots = 1000
 
     def __init__(self, script: Sequence[Sequence[str]]) -> None:
         self.script, self.rows, self.turns, self.reading = script, {}, {}, []

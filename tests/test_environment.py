@@ -24,10 +24,10 @@ from autotool_fast.data import main as data_main
 from autotool_fast.environment import SimulatorProblems, held_out_ids, replies_needed
 from autotool_fast.errors import UserError
 from autotool_fast.eval import bfcl
-from autotool_fast.eval.isolate import WorkerDied, WorkerHost
 from autotool_fast.metrics import read_rows
 from autotool_fast.rollout.driver import RolloutLimits, rollout
 from autotool_fast.rollout.records import StopReason
+from autotool_fast.sandbox.host import WorkerDied, WorkerHost
 from autotool_fast.tasks.record import Task
 from autotool_fast.train import main
 
@@ -60,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def simulators(folder: Path, said: list[str] | None = None, **options) -> SimulatorProblems:
-    arguments = {"unusable": lambda task: None, "max_turns": 8, "data": None, **options}
+    arguments = {"unusable": lambda task: None, "max_turns": 8, "slots": 8, "data": None, **options}
     config = EnvironmentConfig(kind="bfcl", path=str(folder), test_share=0.3, call_deadline_s=1.0)
     config = dataclasses.replace(config, **arguments.pop("config", {}))
     return SimulatorProblems(config, 0, warn=(said if said is not None else []).append, **arguments)
@@ -214,7 +214,7 @@ def test_a_checker_that_fails_is_counted(problems, monkeypatch):
     episode = task.episode()
     for reply in (light(one, two), DONE, LOOK, DONE):
         episode.step(parse_reply(reply))
-    monkeypatch.setattr("autotool_fast.eval.isolate.Session.call", fail)
+    monkeypatch.setattr("autotool_fast.sandbox.host.Session.call", fail)
     assert not episode.score()
     assert problems.lost == {"checker_failed": 1}
 
@@ -289,10 +289,9 @@ def test_closing_ends_simulators_in_the_middle_of_a_call(folder):
     entry = task.spec["entry"]
     session = problems._benchmark.host.open()
     session.call("start", entry=entry, known=["wait"])
-    request = {"op": "execute", "args": {"calls": [["wait", {"seconds": 60}]]}}
-    session._stream.write(json.dumps(request) + "\n")
-    session._stream.flush()
-    assert len(live_processes(folder)) == 3  # the server, its shared session and this one
+    request = {"id": 2, "op": "execute", "args": {"calls": [["wait", {"seconds": 60}]]}}
+    session._connection.sendall(json.dumps(request).encode() + b"\n")
+    assert len(live_processes(folder)) == 5  # the server; its shared session and this one, two processes each
     problems.close()
     assert wait_until(lambda: not live_processes(folder))
 

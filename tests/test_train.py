@@ -318,8 +318,8 @@ def test_non_finite_weights_end_the_run_with_one_line(cold, capsys, monkeypatch)
 
     load = pipeline.load_model
 
-    def broken(folder, dtype):
-        model = load(folder, dtype)
+    def broken(folder, dtype, **options):
+        model = load(folder, dtype, **options)
         if folder.parent.parent.name == "run":
             model.get_input_embeddings().weight.data[:] = float("nan")
         return model

@@ -1,6 +1,6 @@
 """ACEBench (normal, special, agent multi-step) from a checkout, through its own checkers and simulators.
 
-They run in processes of their own (see `isolate`, `acebench_service`) and get parsed calls. `correct` is ACEBench's
+They run in processes of their own (see `sandbox`, `acebench_service`) and get parsed calls. `correct` is ACEBench's
 verdict on the calls as they were made. `strict` differs in the multi-turn dialogues: there ACEBench takes all white
 space out of a reply before it reads it, and so does `strict`: a list of words inside an object cannot pass there.
 
@@ -22,11 +22,12 @@ from autotool_fast.chat import ParsedReply
 from autotool_fast.errors import UserError
 from autotool_fast.eval import acebench_answers
 from autotool_fast.eval.bfcl import expand
-from autotool_fast.eval.isolate import DEADLINE_S, Session, WorkerDied, WorkerError, WorkerHost
 from autotool_fast.eval.records import Solution, Verdict, accuracies, mean, weighted
 from autotool_fast.eval.schemas import tool
+from autotool_fast.sandbox.host import DEADLINE_S, Limits, Session, WorkerDied, WorkerError, WorkerHost
 from autotool_fast.tasks.record import Task
 
+SERVICE = Path(__file__).with_name("acebench_service.py")
 ATOMS = ("bool", "enum", "number", "list", "object_deep", "object_short")
 ADJUSTED = ("normal_multi_turn_user_adjust", "normal_multi_turn_user_switch")
 NORMAL = (
@@ -71,7 +72,7 @@ class AceBench:
             raise UserError(f"holds no data_all/data_{language}", where=self._where, remedy=REMEDY)
         self.language = language
         self.host = WorkerHost(
-            "acebench_service", folder, deadline_s=deadline_s, where=self._where, remedy=REMEDY
+            SERVICE, str(folder.resolve()), limits=Limits(deadline_s), where=self._where, remedy=REMEDY
         )
 
     def config(self) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from typing import Any
 from autotool_fast.chat import ParsedReply, ToolCall
 from autotool_fast.errors import UserError
 from autotool_fast.eval.bfcl import expand
-from autotool_fast.eval.isolate import DEADLINE_S, WorkerDied, WorkerError, WorkerHost
 from autotool_fast.eval.records import Solution, Verdict, accuracies, call_message, weighted
 from autotool_fast.eval.schemas import tool
 from autotool_fast.matching import calls_match
+from autotool_fast.sandbox.host import DEADLINE_S, Limits, WorkerDied, WorkerError, WorkerHost
 from autotool_fast.tasks.record import Task
 
+SERVICE = Path(__file__).with_name("apibank_service.py")
 FOLDERS = {"level-1": "level-1-given-desc", "level-2": "level-2-toolsearcher"}
 CATEGORIES = ("level-1", "level-2", "level-2-search")
 RULES = ("match", "execute")
@@ -57,7 +58,7 @@ class ApiBank:
         self._tools = read_tools(folder / "apis")
         self._rule = rule
         self._host = WorkerHost(
-            "apibank_service", folder, deadline_s=deadline_s, where=f"--apibank {folder}", remedy=REMEDY
+            SERVICE, str(folder.resolve()), limits=Limits(deadline_s), where=f"--apibank {folder}", remedy=REMEDY
         )
 
     def config(self) -> dict[str, Any]:

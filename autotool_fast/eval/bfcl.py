@@ -1,7 +1,7 @@
 """BFCL (v4 data) through the data, checkers and simulators of the `bfcl-eval` package.
 
 The package is found installed or unzipped in a folder; it is never imported here but in processes of its own (see
-`isolate`, `bfcl_service`), which get parsed calls and no text of a model. Single-turn, live and multi-turn categories;
+`sandbox`, `bfcl_service`), which get parsed calls and no text of a model. Single-turn, live and multi-turn categories;
 the agentic ones need a network or an embedding model and are not run.
 
 `correct` is BFCL's verdict. `strict` also wants every reply to be well formed and, in multi-turn, no call in a turn
@@ -28,11 +28,12 @@ from autotool_fast.chat import ParsedReply, ToolCall
 from autotool_fast.errors import UserError
 from autotool_fast.eval import bfcl_scores
 from autotool_fast.eval.bfcl_answers import multi_turn_calls, single_turn_calls
-from autotool_fast.eval.isolate import DEADLINE_S, Session, WorkerDied, WorkerError, WorkerHost
 from autotool_fast.eval.records import Solution, Verdict, accuracies
 from autotool_fast.eval.schemas import tool
+from autotool_fast.sandbox.host import DEADLINE_S, Limits, Session, WorkerDied, WorkerError, WorkerHost
 from autotool_fast.tasks.record import Task
 
+SERVICE = Path(__file__).with_name("bfcl_service.py")
 VERSIONS = ("2026.3.23",)
 NON_LIVE = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple")
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
@@ -102,7 +103,8 @@ class Bfcl:
         self.categories = expand(categories, CATEGORIES, GROUPS)
         root, self.version = locate(folder, option)
         self._option = option
-        self.host = WorkerHost("bfcl_service", root, deadline_s=deadline_s, where=option, remedy=install(option))
+        limits, remedy = Limits(deadline_s), install(option)
+        self.host = WorkerHost(SERVICE, str(root.resolve()), limits=limits, where=option, remedy=remedy)
 
     def config(self) -> dict[str, Any]:
         """Version and categories."""

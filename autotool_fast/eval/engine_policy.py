@@ -211,8 +211,10 @@ def load_checkpoint(folder: Path, device: str = "", *, where: str) -> tuple[PreT
     dtype = torch.float32 if chosen == "cpu" else "auto"
     try:
         with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         remedy = "give a folder that save_pretrained wrote, tokenizer included, or copy it again"

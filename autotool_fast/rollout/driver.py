@@ -3,15 +3,18 @@
 Each sample is an episode: sample a turn, parse it, let the task execute it, append the messages it gives back, and
 so on until the task is over or a budget is. Episodes run side by side in the slot engine; those whose turn ended
 are served between two decoding steps while the rest go on (on a GPU, while it computes the next step); the time
-that takes counts against their own deadline only. A cut or malformed turn never executes. An episode is closed when
-it is over, however it ended, and all of them are when the rollout is left by an exception. Sampled tokens are
-decoded for the parser only: ids are append-only. Rewards and batching for training are elsewhere.
+that takes counts against their own deadline only. An episode with `begin` (see `tasks.record`) works elsewhere
+meanwhile: what is done within `PATIENCE_S` is waited for, so that quick calls leave the order of turns as it is, and
+what is not joins later. A cut or malformed turn never executes. An episode is closed when it is over, however it
+ended, and all of them are when the rollout is left by an exception. Sampled tokens are decoded for the parser only:
+ids are append-only. Rewards and batching for training are elsewhere.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -23,9 +26,12 @@ from autotool_fast.errors import UserError
 from autotool_fast.metrics import phase
 from autotool_fast.rollout.records import Row, StopReason, Trajectory
 from autotool_fast.rollout.rng import row_seeds
-from autotool_fast.tasks.record import Episode, Task, close_episode
+from autotool_fast.tasks.record import Episode, Task, Wait, close_episode
 
 T = TypeVar("T")
+PATIENCE_S = 0.5
+"""Seconds that decoding waits for calls it has just started."""
+_POLL_S = 0.1
 
 
 class Engine(Protocol):
@@ -34,6 +40,8 @@ class Engine(Protocol):
     model: Any
     max_len: int
 
+    @property
+    def slots(self) -> int: ...
     def session(
         self, *, stop_ids: Collection[int], temperature: float
     ) -> AbstractContextManager[Engine]: ...
@@ -110,6 +118,15 @@ class _Sample:
     tool_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Calls:
+    """An episode's work under way elsewhere. `began` is in seconds, time.perf_counter."""
+
+    future: Future[list[dict] | None]
+    tools: tuple[str, ...]
+    began: float
+
+
 class _ThinkFinder:
     """Finds the tokens of a turn that lie strictly between the think markers.
 
@@ -158,6 +175,8 @@ class _Driver:
         self.find_think = _ThinkFinder(chat)
         self.running: dict[int, _Sample] = {}
         self.done: dict[int, Trajectory] = {}
+        self.calls: dict[int, _Calls] = {}
+        self.idle_since: float | None = None
 
     def submit(self, group: int, group_size: int, seeds: np.ndarray) -> None:
         """Queue the samples of one task."""
@@ -199,7 +218,16 @@ class _Driver:
             if state.calls + len(reply.calls) > limits.max_calls:
                 return self._close(key, StopReason.MAX_CALLS)
             state.calls += len(reply.calls)
-        messages = self._timed(key, state, lambda: serve(reply))
+            begin = getattr(state.episode, "begin", None)
+            if begin is not None:
+                names = tuple(call.name for call in reply.calls)
+                self.calls[key] = _Calls(begin(reply), names, time.perf_counter())
+                return None
+        return self._go_on(key, self._timed(key, state, lambda: serve(reply)))
+
+    def _go_on(self, key: int, messages: list[dict] | None) -> None:
+        """Extend a row with what its episode answered, or close it."""
+        state, limits = self.running[key], self.limits
         if messages is None:
             return self._close(key, StopReason.FINISHED)
         if limits.deadline_s is not None and self.engine.age(key) > limits.deadline_s:
@@ -219,6 +247,40 @@ class _Driver:
         state.forced += len(self.tag)
         return None
 
+    def take_results(self) -> None:
+        """Go on with the episodes whose calls are done; wait for some if there is nothing else to do."""
+        if not self.calls:
+            self.idle_since = None
+            return
+        now = time.perf_counter()
+        fresh = [calls for calls in self.calls.values() if now < calls.began + PATIENCE_S]
+        if fresh:
+            wait([calls.future for calls in fresh], max(calls.began for calls in fresh) + PATIENCE_S - now)
+        if len(self.calls) >= min(self.engine.slots, len(self.running)):  # no row is being sampled
+            self.idle_since = self.idle_since or now
+            if not wait([calls.future for calls in self.calls.values()], _POLL_S, FIRST_COMPLETED).done:
+                self._tell_waits()
+        else:
+            self.idle_since = None
+        for key in [key for key, calls in self.calls.items() if calls.future.done()]:
+            self.idle_since = None
+            self._go_on(key, self._forget_calls(key).future.result())
+
+    def _forget_calls(self, key: int) -> _Calls:
+        calls = self.calls.pop(key)
+        self.running[key].tool_seconds += time.perf_counter() - calls.began
+        return calls
+
+    def _tell_waits(self) -> None:
+        now = time.perf_counter()
+        listener = getattr(self.running[next(iter(self.calls))].episode, "waited", None)
+        if listener is not None:
+            waits = [
+                Wait(self.tasks[self.running[key].group].id, calls.tools, now - calls.began)
+                for key, calls in self.calls.items()
+            ]
+            listener(now - self.idle_since, waits)
+
     def _timed(self, key: int, state: _Sample, work: Callable[[], T]) -> T:
         """Run an episode's own code; the other episodes are not charged for the time."""
         began = time.perf_counter()
@@ -235,9 +297,11 @@ class _Driver:
             close_episode(state.episode)
 
     def cut(self, key: int) -> None:
-        """Close an episode whose time is up, in the middle of a turn."""
+        """Close an episode whose time is up, in the middle of a turn or of its calls."""
         state = self.running[key]
-        if len(self.engine.row(key).ids) > state.prompt_end:
+        if key in self.calls:
+            self._forget_calls(key).future.cancel()
+        elif len(self.engine.row(key).ids) > state.prompt_end:
             self._read_turn(key, state, stopped=False)
         self._close(key, StopReason.DEADLINE)
 
@@ -335,6 +399,7 @@ def rollout(
         while engine.busy:
             for key, stopped in engine.step():
                 driver.end_turn(key, stopped)
+            driver.take_results()
             if limits.deadline_s is not None:
                 for key in engine.older_than(limits.deadline_s):
                     driver.cut(key)

@@ -109,7 +109,7 @@ class Example:
             id=_take(value, "id", str, default=""),
             source=_take(value, "source", str, default="jsonl"),
             tools=tools,
-            messages=tuple(_read_messages(_take(value, "messages", list))),
+            messages=tuple(read_messages(_take(value, "messages", list))),
             answer=answer,
             no_call=no_call,
             text=_take(value, "text", str, default=""),
@@ -161,7 +161,12 @@ def _take(value: dict[str, Any], name: str, kind: type, **default: Any) -> Any:
     return value[name]
 
 
-def _read_messages(values: list[Any]) -> Iterator[dict[str, Any]]:
+def read_messages(values: list[Any]) -> Iterator[dict[str, Any]]:
+    """Messages in the form chat templates take, out of what a record holds.
+
+    Raises:
+        RowError: a message has another form, or the last one is neither the user's nor a tool's.
+    """
     for value in values:
         if not isinstance(value, dict) or value.get("role") not in _ROLES:
             raise RowError("unknown_role", str(value.get("role") if isinstance(value, dict) else value))

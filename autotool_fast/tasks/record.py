@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 class Episode(Protocol):
     """One attempt at a task.
 
-    One that holds more than memory (a process, say) also has `close`, see `close_episode`.
+    One that holds more than memory (a process, say) also has `close`, see `close_episode`. One whose calls take time
+    also has `begin`, which a rollout prefers to `step`: it starts the same work elsewhere and returns a
+    `concurrent.futures.Future` of the messages, so that other episodes go on; and it may have
+    `waited(idle_s, waits)`, which is told how long, and for what, a rollout has done nothing but wait.
     """
 
     def step(self, reply: ParsedReply) -> list[dict] | None:
@@ -25,6 +28,15 @@ class Episode(Protocol):
 
     def score(self) -> bool:
         """Whether the task is solved."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Calls under way: of which task, to which tools, for how many seconds."""
+
+    task_id: str
+    tools: tuple[str, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
