@@ -186,7 +186,12 @@ class Pipeline:
         def step(index: int) -> StepResult:
             with timer.phase("data"):
                 demos = batch(index)
-            loss = sft_backward(optimizers.trained, demos, attention=self.config.model.attention)
+            loss = sft_backward(
+                optimizers.trained,
+                demos,
+                micro_tokens=self.config.rl.micro_tokens,
+                attention=self.config.model.attention,
+            )
             with timer.phase("optimizer"):
                 scale = trapezoid(index, steps, config.warmup_steps)
                 norm, finite = optimizers.step(config.grad_clip, scale, measured=(loss,))

@@ -12,6 +12,7 @@ ones. What the phases are is decided where they are timed; one process (rank 0) 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ class Profiler:
     def _begin_trace(self) -> None:
         self._folder.mkdir(exist_ok=True)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it prints lines of its own at each start and stop
         with self._timer.phase(TRACE):
             self._trace = profile(activities=activities)
             self._trace.start()

@@ -11,8 +11,9 @@ time (`--stages`):
     rl       GRPO with an entropy arm
     eval     every model in modes auto, think and no_think on held-out tasks; results.json and report.html
 
-The command line, the plan and the run folder are checked before torch is loaded: `--help`, `--dry-run` and errors
-answer at once. What is wrong is one line; only a bug leaves a traceback.
+The command line, the plan and the run folder are checked before torch is loaded: `--help`, errors and the embedded
+model's `--dry-run` answer at once; a pretrained model's takes seconds, for its memory is counted on the model without
+weights. What is wrong is one line; only a bug leaves a traceback.
 """
 
 from __future__ import annotations

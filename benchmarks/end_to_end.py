@@ -58,6 +58,22 @@ def positive(text: str) -> int:
     return value
 
 
+def check(args: argparse.Namespace, contestants: Sequence[str]) -> None:
+    """Refuse sizes that make no model, and providers that are none of the `contestants`.
+
+    Raises:
+        UserError: what does not fit.
+    """
+    if args.hidden % (2 * args.heads):
+        raise UserError(f"{args.hidden} is not an even multiple of {args.heads} heads", where="--hidden, --heads")
+    if args.heads % args.kv_heads:
+        raise UserError(f"{args.heads} heads do not share {args.kv_heads} evenly", where="--heads, --kv-heads")
+    for given in args.providers or ():
+        if not any(name.startswith("autotool" if given == "ours" else given) for name in contestants):
+            known = ", ".join(contestants)
+            raise UserError(f"there is no {given!r} for this device", where="--providers", remedy=f"use {known}")
+
+
 def versions() -> dict[str, str]:
     """The peers that are installed."""
     found = {}

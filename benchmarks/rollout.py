@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from benchmarks.episodes import Shape, Work
     from benchmarks.report import Report
 
+CONTESTANTS = ("autotool", "generate", "generate_kept", "continuous", "trl", "vllm")
+ON_GPU = ("autotool_no_graphs",)
+"""Contestants on a GPU alone."""
+SHORTEST_TURN = 8
+"""Tokens of a turn that is nothing but a tool call, and one word."""
 SHAPES = {
     "qwen2.5-0.5b": {
         "hidden": 896,
@@ -63,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; returns the exit code."""
     try:
         args = parser().parse_args(argv)
+        end_to_end.check(args, CONTESTANTS + (ON_GPU if args.device == "cuda" else ()))
+        least, most = args.turn_tokens
+        if not SHORTEST_TURN <= least <= most:
+            problem = f"must be two numbers from {SHORTEST_TURN}, the smaller one first: got {least} {most}"
+            raise UserError(problem, where="--turn-tokens")
         _run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,11 +95,8 @@ def _run(args: argparse.Namespace) -> None:
             hidden=args.hidden, layers=args.layers, vocab=args.vocab, heads=args.heads, kv_heads=args.kv_heads
         )
     least, most = args.turn_tokens
-    try:
-        mixed = Work(args.prompts, args.group, least, most, args.tool_tokens)
-        same = Work(args.prompts, args.group, (least + most) // 2, (least + most) // 2, args.tool_tokens)
-    except ValueError as error:
-        raise UserError(str(error), where="--turn-tokens") from None
+    mixed = Work(args.prompts, args.group, least, most, args.tool_tokens)
+    same = Work(args.prompts, args.group, (least + most) // 2, (least + most) // 2, args.tool_tokens)
     note = "ours faster: our median sampled tokens/s divided by that row's. p20, p80: percentiles of the repetitions."
     report = Report("rollout", device, measure.ceilings(device, quick=True), args.out, note)
     for work in (same, mixed) if least < most else (mixed,):

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from benchmarks.report import Report, Row
 
 
+CONTESTANTS = ("autotool", "trl", "trl_stored")
+
+
 def parser() -> argparse.ArgumentParser:
     """Options of this script."""
     p = end_to_end.parser(__doc__, "train_step")
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
         if args.tokens < 3 or args.group < 2:
             raise UserError("a reply has at least 3 tokens and a group 2 samples", where="--tokens, --group")
+        end_to_end.check(args, CONTESTANTS)
         _run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

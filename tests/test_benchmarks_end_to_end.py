@@ -237,6 +237,12 @@ def test_train_step_writes_step_and_update(tmp_path):
     ("script", "options"),
     [
         (rollout, ["--turn-tokens", "5", "60"]),
+        (rollout, ["--turn-tokens", "60", "12"]),
+        (rollout, ["--providers", "ours", "genrate"]),
+        (rollout, ["--providers", "autotool_no_graphs"]),
+        (rollout, ["--hidden", "64", "--heads", "3"]),
+        (rollout, ["--heads", "4", "--kv-heads", "3"]),
+        (train_step, ["--providers", "generate"]),
         (rollout, ["--prompts", "0"]),
         (rollout, ["--sped"]),
         (train_step, ["--tokens", "2"]),
@@ -250,8 +256,19 @@ def test_bad_options_are_one_line_and_exit_code_2(script, options, capsys):
     assert error.count("\n") == 1
 
 
+def test_the_options_know_the_contestants(setting):
+    found: list[str] = []
+    contestants(setting, found.append)
+    assert tuple(found) == rollout.CONTESTANTS
+    found.clear()
+    train_contestants.contestants(train_contestants.Batch(1, 2, 3), SHAPE, CPU, torch.float32, found.append)
+    assert tuple(found) == train_step.CONTESTANTS
+    assert rollout.SHORTEST_TURN == episodes.CALL_TOKENS + 1
+
+
 def test_options_are_read_without_torch():
-    code = "import sys, benchmarks.rollout as r, benchmarks.train_step as t; r.parser(); t.parser()\n"
+    code = "import sys, benchmarks.rollout as r, benchmarks.train_step as t; t.parser()\n"
+    code += "assert r.main(['--providers', 'none']) == r.main(['--turn-tokens', '9', '8']) == 2\n"
     code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

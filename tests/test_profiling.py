@@ -143,6 +143,15 @@ def test_steps_in_the_trace_and_writing_it_are_left_out(tmp_path, monkeypatch):
     assert found["rollout"]["share"] == pytest.approx(8 / 13)
 
 
+def test_a_trace_prints_nothing(tmp_path, capfd):
+    profiler = Profiler(Timer(), tmp_path / "profile", 1, "cpu")
+    with profiler.stage("base"):
+        for _ in profiler.steps(range(1)):
+            torch.ones(1)
+    assert (tmp_path / "profile" / "base-rank0.trace.json").exists()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_stage_of_one_step_is_traced_and_has_a_table(tmp_path):
     clock = Clock()
     timer = Timer(clock)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from small_runs import tensors_of, write_preset
 
 import autotool_fast.stages as stages
+import autotool_fast.warmup as warmup_module
 from autotool_fast.cli import load_preset
 from autotool_fast.config import STAGES, from_dict, to_dict
 from autotool_fast.errors import UserError
@@ -64,6 +65,18 @@ def test_epochs_pass_through_every_item_before_any_comes_again():
     assert flat[:10] != flat[10:]
     assert epochs(10, 4, 3, (3, 1)) == batches[3]  # of the step alone: a resumed run finds its place
     assert [epochs(10, 4, step, (4, 1)) for step in range(5)] != batches
+
+
+@pytest.mark.parametrize(("budget", "passes"), [(1, [1, 1, 1, 1]), (100_000, [4])])
+def test_fine_tuning_keeps_to_the_token_budget_of_a_forward_pass(pipeline, monkeypatch, budget, passes):
+    p = pipeline(rl={"micro_tokens": budget}, warmup={"steps": 1, "batch": 4, "warmup_steps": 0})
+    write_labels(p, ["short"] * 4)
+    p.save(untrained(p), "base")
+    sizes = []
+    pack = warmup_module.pack
+    monkeypatch.setattr(warmup_module, "pack", lambda ids, *a, **k: (sizes.append(len(ids)), pack(ids, *a, **k))[1])
+    stages.warmup(p)
+    assert sizes == passes
 
 
 def test_epochs_of_fewer_items_than_a_batch_repeat_them():
