@@ -255,10 +255,13 @@ class _Driver:
         now = time.perf_counter()
         fresh = [calls for calls in self.calls.values() if now < calls.began + PATIENCE_S]
         if fresh:
-            wait([calls.future for calls in fresh], max(calls.began for calls in fresh) + PATIENCE_S - now)
+            with phase("tools"):
+                wait([calls.future for calls in fresh], max(calls.began for calls in fresh) + PATIENCE_S - now)
         if len(self.calls) >= min(self.engine.slots, len(self.running)):  # no row is being sampled
             self.idle_since = self.idle_since or now
-            if not wait([calls.future for calls in self.calls.values()], _POLL_S, FIRST_COMPLETED).done:
+            with phase("tools"):
+                done = wait([calls.future for calls in self.calls.values()], _POLL_S, FIRST_COMPLETED).done
+            if not done:
                 self._tell_waits()
         else:
             self.idle_since = None
