@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +59,30 @@ def positive(text: str) -> int:
     return value
 
 
+def check_out(path: Path | None) -> None:
+    """See that results can be written before anything is measured.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error})"
+        raise UserError(problem, where=f"--out ({path})", remedy="name another file") from error
+
+
 def check(args: argparse.Namespace, contestants: Sequence[str]) -> None:
-    """Refuse sizes that make no model, and providers that are none of the `contestants`.
+    """Refuse sizes that make no model, providers that are none of the `contestants`, and results with no place to go.
 
     Raises:
         UserError: what does not fit.
     """
+    check_out(args.out)
     if args.hidden % (2 * args.heads):
         raise UserError(f"{args.hidden} is not an even multiple of {args.heads} heads", where="--hidden, --heads")
     if args.heads % args.kv_heads:

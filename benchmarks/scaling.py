@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.rank_out is not None:
             return _rank(args)
         if not args.plot_only:
+            end_to_end.check_out(args.out)
             _measure(args)
         if args.out and args.figure:
             plot(read_results(args.out), args.figure)

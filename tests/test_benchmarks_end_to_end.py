@@ -19,6 +19,7 @@ from benchmarks import (
     rollout,
     rollout_contestants,
     run_all,
+    scaling,
     train_contestants,
     train_step,
 )
@@ -264,6 +265,16 @@ def test_the_options_know_the_contestants(setting):
     train_contestants.contestants(train_contestants.Batch(1, 2, 3), SHAPE, CPU, torch.float32, found.append)
     assert tuple(found) == train_step.CONTESTANTS
     assert rollout.SHORTEST_TURN == episodes.CALL_TOKENS + 1
+
+
+@pytest.mark.parametrize("script", [rollout, train_step, scaling])
+def test_results_that_cannot_be_written_are_noticed_before_anything_is_measured(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "ceilings", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert script.main(["--quick", "--out", str(tmp_path / "file" / "x.json")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert error.count("\n") == 1
 
 
 def test_options_are_read_without_torch():
