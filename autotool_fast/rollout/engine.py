@@ -313,7 +313,7 @@ class SlotEngine:
                 all_slots += followers.tolist()
                 source += [index] * followers.size
             if group.queue:
-                group.prefix, group.logits = self._cache.save(slot, length), logits[index]
+                group.prefix, group.logits = self._cache.save(slot, length), logits[index].clone()
         return np.array(all_slots, np.int64), logits[upload(np.array(source, np.int64), logits.device)]
 
     def _sample(self, slots: np.ndarray, logits: Tensor) -> list[tuple[int, bool]]:
