@@ -523,7 +523,7 @@ session.call("call", name="spin", arguments={{}})
 """
     trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert trainer.stdout.readline() == b"ready\n"
-    everyone = [pid for pid in descendants(1) if str(path) in command(pid)]
+    everyone = [pid for pid in descendants(trainer.pid) if str(path) in command(pid)]
     assert len(everyone) >= 4  # server, keeper, its process, and the one left behind
     scratch = Path(f"/proc/{min(everyone)}/cwd").resolve()
     assert scratch.name.startswith("autotool-worker-")
