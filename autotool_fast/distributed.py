@@ -9,6 +9,7 @@ torchrun.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import select
@@ -35,6 +36,8 @@ FOLLOWER_DELAY = 5.0
 
 LOOK_EVERY = 0.5
 """Seconds between looks at the other ranks."""
+GRACE = 25.0
+"""Seconds that a rank has for its end after SIGTERM; torchrun kills it after 30."""
 PATIENCE = 2.0
 """Seconds in which a rank whose connections broke is seen to be gone."""
 
@@ -68,7 +71,8 @@ def silence() -> None:
 def processes(device: str, remedy: str = "start the job again") -> Iterator[None]:
     """Connect the ranks for the length of the block: gloo between CPUs, NCCL between GPUs, one GPU for each rank.
 
-    A rank that vanishes meanwhile, and a SIGTERM, end this process within seconds, whatever it waits for.
+    A rank that vanishes meanwhile ends this process within seconds, whatever it waits for. So does a SIGTERM, but for
+    code that handles it: that has `GRACE` seconds to save.
 
     Args:
         remedy: what to do about that, one clause.
@@ -108,23 +112,31 @@ def _watch(remedy: str) -> threading.Event:
     done = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, _wait)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def look() -> None:
+        end = math.inf
         while not done.is_set():
             readable, _, _ = select.select([reader], [], [], LOOK_EVERY)
             told = bool(readable) and signal.SIGTERM in os.read(reader, 256)
             reason = lost(PATIENCE if told else 0.0)
+            if told:
+                handled = signal.getsignal(signal.SIGTERM) is not _wait
+                end = min(end, time.monotonic() + (GRACE if handled else 0.0))
             if done.is_set():
                 return
             if reason:
                 fail(f"error: {reason}; {remedy}", 1)
-            elif told:
+            elif time.monotonic() >= end:
                 fail(f"error: told to end (SIGTERM), or a rank on another machine is gone; {remedy}", 143)
 
     threading.Thread(target=look, daemon=True).start()
     return done
+
+
+def _wait(signum: int, frame: object) -> None:
+    """The handler of a SIGTERM that nobody handles: the watching thread does."""
 
 
 def lost(patience: float) -> str | None:

@@ -34,8 +34,10 @@ MAY_DIFFER_ON_RESUME = frozenset(
     | {"rollout.slots", "rollout.prefill_chunk", "rl.micro_tokens", "model.gradient_checkpointing"}
     | {"model.attention", "rl.share_prompts", "rollout.cuda_graphs"}
     | {"label.teacher", "label.teacher_model", "rollout.server", "rollout.timeout_s"}
+    | {name for name in leaf_paths(TrainConfig) if name.startswith("alarms.")}
 )
-"""The second line is memory, the third speed: those settings change results by rounding alone. A server may move."""
+"""The second line is memory, the third speed: those settings change results by rounding alone. A server may move, and
+alarms change nothing."""
 LOCK = ".lock"
 
 
