@@ -429,14 +429,16 @@ _Folder = tuple[Path, int]
 
 def _folders(directory: Path) -> dict[int, _Folder]:
     """Checkpoint folders by step; one that stepped aside counts where a kill left it without a successor."""
-    found: dict[int, _Folder] = {}
-    for prefix in (ASIDE, ""):
+    plain: dict[int, _Folder] = {}
+    aside: dict[int, _Folder] = {}
+    # The plain names again at the end: one that was missing at first may have got its successor by then.
+    for prefix, found in (("", plain), (ASIDE, aside), ("", plain)):
         for path in directory.glob(f"{prefix}step-*"):
             match = STEP_NAME.fullmatch(path.name.removeprefix(prefix))
             if match:
                 with suppress(FileNotFoundError):
                     found[int(match[1])] = path, path.stat().st_ino
-    return found
+    return aside | plain
 
 
 def _sha256(path: Path) -> str:
