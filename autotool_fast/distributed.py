@@ -37,7 +37,7 @@ FOLLOWER_DELAY = 5.0
 LOOK_EVERY = 0.5
 """Seconds between looks at the other ranks."""
 GRACE = 25.0
-"""Seconds that a rank has for its end after SIGTERM; torchrun kills it after 30."""
+"""Seconds after SIGTERM when a rank that still works says so; torchrun kills it after 30, or `--shutdown-timeout`."""
 PATIENCE = 2.0
 """Seconds in which a rank whose connections broke is seen to be gone."""
 
@@ -71,8 +71,8 @@ def silence() -> None:
 def processes(device: str, remedy: str = "start the job again") -> Iterator[None]:
     """Connect the ranks for the length of the block: gloo between CPUs, NCCL between GPUs, one GPU for each rank.
 
-    A rank that vanishes meanwhile ends this process within seconds, whatever it waits for. So does a SIGTERM, but for
-    code that handles it: that has `GRACE` seconds to save.
+    A rank that vanishes meanwhile ends this process within seconds, whatever it waits for. So does a SIGTERM, except
+    while its handler is another one: that is expected to save and to end, and torchrun kills what does not.
 
     Args:
         remedy: what to do about that, one clause.
@@ -116,19 +116,23 @@ def _watch(remedy: str) -> threading.Event:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def look() -> None:
-        end = math.inf
+        late = math.inf
         while not done.is_set():
             readable, _, _ = select.select([reader], [], [], LOOK_EVERY)
             told = bool(readable) and signal.SIGTERM in os.read(reader, 256)
             reason = lost(PATIENCE if told else 0.0)
-            if told:
-                handled = signal.getsignal(signal.SIGTERM) is not _wait
-                end = min(end, time.monotonic() + (GRACE if handled else 0.0))
             if done.is_set():
                 return
             if reason:
                 fail(f"error: {reason}; {remedy}", 1)
-            elif time.monotonic() >= end:
+            elif told and signal.getsignal(signal.SIGTERM) is not _wait:
+                late = time.monotonic() + GRACE
+            elif time.monotonic() >= late:
+                late = math.inf
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    waits = "told to end, but the step under way takes long, or a rank on another machine is gone"
+                    print(f"{waits}; if nothing is saved, {remedy}", file=sys.__stderr__, flush=True)
+            elif told:
                 fail(f"error: told to end (SIGTERM), or a rank on another machine is gone; {remedy}", 143)
 
     threading.Thread(target=look, daemon=True).start()

@@ -150,7 +150,7 @@ def read_config(path: Path) -> TrainConfig:
     if found != FORMAT:
         problem = f"has format {found!r}, this version reads {FORMAT!r}"
         raise UserError(problem, where=str(file), remedy="use --overwrite or another --out")
-    return from_dict(record["config"], source=str(file))
+    return from_dict(record.get("config"), source=str(file))
 
 
 def versions() -> dict[str, str]:

@@ -12,12 +12,13 @@ from random import Random
 from typing import Any
 
 PIECES = (
-    "[think]", "[no_think]", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "<tools>", "</tools>",
-    "<|python_tag|>", "<|im_end|>", "<user>", "</user>", "<obs>", "<response>", "</response>", "{", "}", "[", "]", "(", ")",
-    '"', "'", '"""', "\\", "\\u", "\\ud800", ",", ":", "=", "\n", "\r", "\t", "\0", " ", "\u2028", "\ufeff", "\ud800", "😀", "é",
-    "null", "None", "true", "True", "NaN", "-Infinity", "1e999", "-0", "0x1F", "1_000", "9" * 400, "1j", "b'x'", "f'{a}'",
-    "lambda: 0", '"name"', '"arguments"', '"parameters"', "#", "1. Name: ", "Parameters: {", "**Available Tools**",
-    "%s", "{}", "../..", "[" * 200, "{" * 200, "(" * 200, '{"a":' * 150, "-" * 300, "a" * 1000,
+    "[think]", "[no_think]", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "<tools>",
+    "</tools>", "<|python_tag|>", "<|im_end|>", "<user>", "</user>", "<obs>", "<response>", "</response>",
+    "{", "}", "[", "]", "(", ")", '"', "'", '"""', "\\", "\\u", "\\ud800", ",", ":", "=", "\n", "\r", "\t", "\0", " ",
+    "\u2028", "\ufeff", "\ud800", "😀", "é", "null", "None", "true", "True", "NaN", "-Infinity", "1e999", "-0", "0x1F",
+    "1_000", "9" * 400, "9" * 5000, "1j", "b'x'", "f'{a}'", "lambda: 0", '"name"', '"arguments"', '"parameters"', "#",
+    "1. Name: ", "Parameters: {", "**Available Tools**", "%s", "{}", "../..", "[" * 200, "{" * 200, "(" * 200,
+    '{"a":' * 150, "-" * 300, "a" * 1000, "[" * 5000,
 )  # fmt: skip
 WORDS = ("set", "light", "pool temp", "a.b/c", "from", "класс", "值", "x" * 60, "", " ", "name", "class", "1st")
 
@@ -138,7 +139,7 @@ def python_calls(rng: Random) -> str:
 
 
 def _tool(rng: Random) -> dict[str, Any]:
-    kinds = ("int", "string", "str, optional", "List[int]", "Dict[str, Any]", "object", "array", "float = 1", "Tuple[", "?")
+    kinds = ("int", "string", "str, optional", "List[int]", "Dict[str, Any]", "object", "array", "float = 1", "Tuple[")
     properties = {
         word(rng): {"type": rng.choice(kinds), "description": word(rng), "default": value(rng, 1)}
         for _ in range(rng.randrange(3))
@@ -175,7 +176,7 @@ def row(rng: Random, source: str) -> dict[str, Any]:
         turns = [("user", word(rng) or "hi"), ("assistant", f"[{written}]"), ("tool", json.dumps([value(rng)]))]
         turns.append(("assistant", word(rng) or "done"))
         result: dict[str, Any] = {
-            "system": f"Here is a list of functions in JSON format that you can invoke:\n{json.dumps(tools)}. \n{word(rng)}",
+            "system": f"These are functions in JSON format that you can invoke:\n{json.dumps(tools)}. \n{word(rng)}",
             "conversations": [{"from": role, "value": text} for role, text in turns],
         }
     elif source == "hermes":

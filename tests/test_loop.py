@@ -205,6 +205,13 @@ def test_skipped_steps_with_a_good_one_between_do_not_end_the_run(tmp_path):
     assert training.state.extra["seen"] == [0, 3, 6, 7]
 
 
+def test_the_steps_after_a_skipped_one_see_the_data_they_would_have_seen(tmp_path, reference):
+    drawn = torch.get_rng_state()
+    Training(bad_steps=(2, 5)).run(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [row["step"] for row in rows(tmp_path / "run") if row["loss"] is None] == [3, 6]
+
+
 def test_skipped_steps_are_counted_across_a_stop(tmp_path):
     with pytest.raises(Interrupted):
         Training(bad_steps=(1, 2, 3), stop_at=2).run(tmp_path / "run")

@@ -161,7 +161,7 @@ def test_looking_while_another_process_saves_always_finds_a_whole_one_and_never_
 def test_of_processes_that_start_together_one_gets_the_run_folder(tmp_path):
     """Again and again: exactly one holds the folder, the others are told its number, and all of the file is there."""
     config = from_dict({"out": str(tmp_path / "run")})
-    for turn in range(20):
+    for turn in range(12):
         go_reader, go_writer = os.pipe()
         reader, writer = os.pipe()
 
@@ -308,6 +308,6 @@ def test_stops_kills_and_damage_in_any_order_change_nothing(tmp_path):
     REFERENCE[0].run(straight, STEPS)
     machine = SaveResumeKill.TestCase()
     machine.settings = settings(
-        max_examples=12, stateful_step_count=6, deadline=None, database=None, phases=[Phase.generate]
+        max_examples=8, stateful_step_count=6, deadline=None, database=None, phases=[Phase.generate]
     )
     machine.runTest()
