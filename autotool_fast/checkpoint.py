@@ -8,7 +8,8 @@
       manifest.json        format, step, and the size and SHA-256 of every other file; written last
 
 Guarantees: a checkpoint appears under its name only after all of it, manifest included, is on the disk; one
-that is damaged afterwards is recognised and passed over; nothing is pickled; any number of processes can restore it,
+that is damaged afterwards, has a file too many or another format is recognised, named and passed over; reading changes
+nothing and may go on beside a process that saves; nothing is pickled; any number of processes can restore it,
 whatever number wrote it. What goes into `tensors` and `state` is left to the stages. Restore the random generators
 last: building a model draws from them.
 """
@@ -23,7 +24,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ FORMAT = "autotool_fast.checkpoint/1"
 MANIFEST, STATE, TENSORS, MODEL = "manifest.json", "state.json", "tensors.safetensors", "model"
 SHARDED = "sharded"
 STEP_NAME = re.compile(r"step-(\d{8,})")
+ASIDE, TEMPORARY = ".old-", ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def save(
 
     assert keep_last >= 1
     final = directory / _name(step)
-    temporary = directory / f".tmp-{final.name}-{distributed.on_main(os.getpid)}"
+    temporary = directory / f"{TEMPORARY}{final.name}-{distributed.on_main(os.getpid)}"
 
     def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -127,11 +129,11 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if distributed.is_main():
-        found = _by_step(directory)
+        found = _folders(directory)
         kept = [s for s in sorted(found) if s <= step][-keep_last:]
-        for old, path in found.items():
+        for old, (path, _) in found.items():
             if old not in kept:
-                shutil.rmtree(path)
+                _remove(path)
     return Checkpoint(final, step)
 
 
@@ -141,19 +143,28 @@ def latest(
     """The newest checkpoint below `directory` that is whole, or None.
 
     Args:
-        warn: called with one line for every damaged checkpoint that is passed over.
+        warn: called with one line for every checkpoint that is passed over.
 
     Raises:
-        UserError: the newest one was written in another format version.
+        UserError: none is whole, and one was written in another format version.
     """
-    if directory.is_dir():
-        _recover(directory)
-    found = _by_step(directory)
-    for step in sorted(found, reverse=True):
-        problem = damage(found[step])
+    refused: UserError | None = None
+    passed_over: set[_Folder] = set()
+    while left := {step: folder for step, folder in _folders(directory).items() if folder not in passed_over}:
+        step = max(left)
+        path, _ = left[step]
+        try:
+            problem = damage(path)
+        except UserError as error:
+            problem, refused = error.what, refused or error
         if problem is None:
-            return Checkpoint(found[step], step)
-        warn(f"{found[step]}: {problem}; passed over")
+            return Checkpoint(path, step)
+        if _folders(directory).get(step) != left[step]:
+            continue  # a process that saves has replaced or removed it meanwhile
+        passed_over.add(left[step])
+        warn(f"{path}: {problem}; passed over")
+    if refused is not None:
+        raise refused
     return None
 
 
@@ -167,27 +178,34 @@ def damage(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, step = str(manifest["format"]), int(manifest["step"])
         recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        present = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return f"{MANIFEST} cannot be read"
     if version != FORMAT:
         problem = f"has format {version!r}, this version reads {FORMAT!r}"
         raise UserError(problem, where=str(path), remedy="resume with the version that wrote it")
-    if path.name != _name(step):
+    if path.name.removeprefix(ASIDE) != _name(step):
         return f"{MANIFEST} is of step {step}"
     for name in (STATE, TENSORS):
         if name not in recorded:
             return f"{MANIFEST} does not list {name}"
+    if too_many := sorted(present - recorded.keys()):
+        return f"{MANIFEST} does not list {too_many[0]}"
     for name, (size, sha256) in recorded.items():
-        file = path / name
-        if not file.is_file():
+        if name not in present:
             return f"{name} is missing"
-        found = file.stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
-        if _sha256(file) != sha256:
-            return f"{name} does not match its SHA-256"
+        try:
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            if _sha256(path / name) != sha256:
+                return f"{name} does not match its SHA-256"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -374,22 +392,29 @@ def _load_sharded(folder: Path, mesh: DeviceMesh | None) -> dict[str, torch.Tens
 def _publish(temporary: Path, final: Path) -> None:
     """Rename a complete folder into place; one of the same name steps aside first."""
     if final.exists():
-        aside = final.with_name(f".old-{final.name}")
+        aside = final.with_name(f"{ASIDE}{final.name}")
         os.replace(final, aside)
         os.replace(temporary, final)
-        shutil.rmtree(aside)
+        _remove(aside)
     else:
         os.replace(temporary, final)
     files.sync(final.parent)
 
 
+def _remove(path: Path) -> None:
+    """Delete a folder, which others see whole or not at all."""
+    going = path.with_name(f"{TEMPORARY}{path.name.removeprefix(ASIDE)}-old")
+    os.replace(path, going)
+    shutil.rmtree(going)
+
+
 def _recover(directory: Path) -> None:
     """Clean up after a killed process; the run folder's lock says that nobody else is writing here."""
-    for path in list(directory.glob(".old-step-*")):
-        final = path.with_name(path.name.removeprefix(".old-"))
+    for path in list(directory.glob(f"{ASIDE}step-*")):
+        final = path.with_name(path.name.removeprefix(ASIDE))
         if not final.exists():
             os.replace(path, final)
-    for pattern in (".old-step-*", ".tmp-step-*"):
+    for pattern in (f"{ASIDE}step-*", f"{TEMPORARY}step-*"):
         for path in list(directory.glob(pattern)):
             shutil.rmtree(path)
 
@@ -398,11 +423,22 @@ def _name(step: int) -> str:
     return f"step-{step:08}"
 
 
-def _by_step(directory: Path) -> dict[int, Path]:
-    if not directory.is_dir():
-        return {}
-    matches = ((STEP_NAME.fullmatch(path.name), path) for path in directory.iterdir())
-    return {int(match[1]): path for match, path in matches if match}
+_Folder = tuple[Path, int]
+"""A path and the number of the folder that was there, which tells another one of the same name."""
+
+
+def _folders(directory: Path) -> dict[int, _Folder]:
+    """Checkpoint folders by step; one that stepped aside counts where a kill left it without a successor."""
+    plain: dict[int, _Folder] = {}
+    aside: dict[int, _Folder] = {}
+    # The plain names again at the end: one that was missing at first may have got its successor by then.
+    for prefix, found in (("", plain), (ASIDE, aside), ("", plain)):
+        for path in directory.glob(f"{prefix}step-*"):
+            match = STEP_NAME.fullmatch(path.name.removeprefix(prefix))
+            if match:
+                with suppress(FileNotFoundError):
+                    found[int(match[1])] = path, path.stat().st_ino
+    return aside | plain
 
 
 def _sha256(path: Path) -> str:

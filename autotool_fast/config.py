@@ -440,6 +440,35 @@ class EvalConfig(Section):
 
 
 @dataclass(frozen=True)
+class AlarmsConfig(Section):
+    """When the RL stage says that something goes wrong (docs/metrics.md); the training is not changed by it."""
+
+    section: ClassVar[str] = "alarms"
+
+    enabled: bool = True
+    """Off: nothing is watched."""
+    window: int = number(10, low=1)
+    """Steps whose means are judged; also how long an alarm outlasts its condition."""
+    entropy_high: float = number(0.6, above=0.0)
+    """Explosion: mean entropy from which it is one, nats, ..."""
+    entropy_rise: float = number(4.0, low=1.0)
+    """... if it is also this many times that of the first steps."""
+    entropy_low: float = number(0.005, low=0.0)
+    """Collapse: mean entropy below which it is one, nats, ..."""
+    entropy_fall: float = number(0.05, low=0.0, below=1.0)
+    """... or this share of that of the first steps."""
+    accuracy_drop: float = number(0.1, above=0.0, high=1.0)
+    """Reward without answers: share of solved tasks lost since the best steps while reward or form gained."""
+    format_change: float = number(0.2, above=0.0, high=1.0)
+    """Share of responses whose form must have changed: malformed since the first steps (loss of format), or well formed
+    since the best ones."""
+    truncated: float = number(0.2, above=0.0, high=1.0)
+    """Share of responses that run out of a budget."""
+    mismatch: float = number(0.05, above=0.0)
+    """Mean distance between the sampler's and the trainer's log-probs, nats."""
+
+
+@dataclass(frozen=True)
 class TrainConfig(Section):
     """Train a model that learns when to think before it calls a tool."""
 
@@ -484,6 +513,7 @@ class TrainConfig(Section):
     rl: RLConfig = field(default_factory=RLConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def validate(self) -> None:
         self.require(bool(self.stages), "stages", "must name at least one stage")

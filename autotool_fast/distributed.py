@@ -9,6 +9,7 @@ torchrun.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import select
@@ -35,6 +36,8 @@ FOLLOWER_DELAY = 5.0
 
 LOOK_EVERY = 0.5
 """Seconds between looks at the other ranks."""
+GRACE = 25.0
+"""Seconds after SIGTERM when a rank that still works says so; torchrun kills it after 30, or `--shutdown-timeout`."""
 PATIENCE = 2.0
 """Seconds in which a rank whose connections broke is seen to be gone."""
 
@@ -68,7 +71,8 @@ def silence() -> None:
 def processes(device: str, remedy: str = "start the job again") -> Iterator[None]:
     """Connect the ranks for the length of the block: gloo between CPUs, NCCL between GPUs, one GPU for each rank.
 
-    A rank that vanishes meanwhile, and a SIGTERM, end this process within seconds, whatever it waits for.
+    A rank that vanishes meanwhile ends this process within seconds, whatever it waits for. So does a SIGTERM, except
+    while its handler is another one: that is expected to save and to end, and torchrun kills what does not.
 
     Args:
         remedy: what to do about that, one clause.
@@ -108,10 +112,11 @@ def _watch(remedy: str) -> threading.Event:
     done = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, _wait)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def look() -> None:
+        late = math.inf
         while not done.is_set():
             readable, _, _ = select.select([reader], [], [], LOOK_EVERY)
             told = bool(readable) and signal.SIGTERM in os.read(reader, 256)
@@ -120,11 +125,22 @@ def _watch(remedy: str) -> threading.Event:
                 return
             if reason:
                 fail(f"error: {reason}; {remedy}", 1)
+            elif told and signal.getsignal(signal.SIGTERM) is not _wait:
+                late = time.monotonic() + GRACE
+            elif time.monotonic() >= late:
+                late = math.inf
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    waits = "told to end, but the step under way takes long, or a rank on another machine is gone"
+                    print(f"{waits}; if nothing is saved, {remedy}", file=sys.__stderr__, flush=True)
             elif told:
                 fail(f"error: told to end (SIGTERM), or a rank on another machine is gone; {remedy}", 143)
 
     threading.Thread(target=look, daemon=True).start()
     return done
+
+
+def _wait(signum: int, frame: object) -> None:
+    """The handler of a SIGTERM that nobody handles: the watching thread does."""
 
 
 def lost(patience: float) -> str | None:

@@ -36,4 +36,4 @@ def cannot_write(error: Exception, where: object) -> UserError:
 
 
 class Interrupted(Exception):
-    """The user pressed Ctrl-C and the stage has saved what it had."""
+    """The user pressed Ctrl-C, or the process was told to end, and the stage has saved what it had."""

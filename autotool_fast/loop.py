@@ -1,9 +1,9 @@
 """The loop under every training stage: steps, metrics, checkpoints, interruption.
 
-Guarantees: Ctrl-C takes effect between two steps, after a checkpoint; a resumed stage continues from its newest
-verified checkpoint as if it had not stopped; one whose step fails (a server that stopped answering) saves the steps
-before it; a step whose loss or gradient is not finite changes nothing, its batch is
-kept, and three in a row end the run. What a step does, and saving the finished model, is the stage's business.
+Guarantees: Ctrl-C and SIGTERM take effect between two steps, after a checkpoint; a resumed stage continues from its
+newest verified checkpoint as if it had not stopped; one whose step fails (a server that stopped answering) saves the
+steps before it; a step whose loss or gradient is not finite changes nothing, its batch is kept, and three in a row end
+the run. What a step does, and saving the finished model, is the stage's business.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autotool_fast import checkpoint, distributed, files
+from autotool_fast.alarms import Monitor
 from autotool_fast.config import OptimizerKind, Stage, TrainConfig
 from autotool_fast.errors import Interrupted, UserError
-from autotool_fast.metrics import MetricsWriter, Progress, Row, Timer
-from autotool_fast.runs import RunFolder
+from autotool_fast.metrics import MetricsWriter, Progress, Row, Timer, read_rows
+from autotool_fast.runs import RunFolder, versions
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,28 +39,47 @@ BETAS = (0.9, 0.95)
 
 
 class StopFlag:
-    """Turns Ctrl-C into a flag that loops read between steps; a second Ctrl-C interrupts at once."""
+    """Turns Ctrl-C and SIGTERM into a flag that loops read between steps; a second signal interrupts at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal: int | None = None
+        """The signal that asked for a stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that was stopped by it exits with: 130, or 143 after SIGTERM."""
+        return 128 + (self.signal or signal.SIGINT)
 
     @contextmanager
     def installed(self, notify: Callable[[str], None]) -> Iterator[StopFlag]:
-        """Handle SIGINT inside the block; the earlier handler comes back after it."""
+        """Handle SIGINT and SIGTERM inside the block; the earlier handlers come back after it.
+
+        Raises:
+            KeyboardInterrupt: for a second signal, whose number is its argument.
+        """
 
         def handle(signum: int, frame: object) -> None:
             if self.requested:
-                raise KeyboardInterrupt
-            self.requested = True
+                if signum == signal.SIGTERM and distributed.world() > 1:
+                    return  # a scheduler tells the ranks, and torchrun tells them again
+                raise KeyboardInterrupt(signum)
+            self.signal = signum
+            told, again = ("", "press Ctrl-C again") if signum == signal.SIGINT else ("told to end: ", "signal again")
             # The signal may arrive inside a write to the same stream, which refuses to be entered twice.
             with suppress(RuntimeError):
-                notify("stopping at the next safe point; press Ctrl-C again to stop at once")
+                notify(f"{told}stopping at the next safe point; {again} to stop at once")
 
-        before = signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def check(self) -> None:
         """Raise `Interrupted` when a stop was asked for, of any rank. Every rank must call it."""
@@ -280,9 +300,10 @@ def run_steps(
     found = None
     if context.config.resume:
         found = distributed.on_main(lambda: checkpoint.latest(folder, warn=context.progress.say))
-    first, elapsed, skipped = (0, 0.0, 0) if found is None else (found.step, *_restore(found, state))
+    first, elapsed, skipped = (0, 0.0, 0) if found is None else (found.step, *_restore(found, state, context))
     context.metrics.close()  # and drop the rows that this stage is about to write again
     context.metrics = open_metrics(context.run, lambda row: row["stage"] != stage or row["step"] <= first)
+    monitor = _monitor(context, stage)
     context.progress.start(stage, steps, first, every_step=True)
     context.timer.take()
     begin, seconds = time.perf_counter() - elapsed, elapsed
@@ -302,6 +323,7 @@ def run_steps(
         except (UserError, OSError) as error:  # of an evaluation: the step itself is done
             failure = error
         seconds = time.perf_counter() - begin
+        extra |= monitor.see(index + 1, result.metrics) if monitor else {}
         row = context.metrics.write(
             stage, index + 1, result.metrics | extra, seconds=seconds, timings=context.timer.take()
         )
@@ -320,6 +342,14 @@ def run_steps(
             if stop:
                 raise Interrupted
     context.progress.finish()
+
+
+def _monitor(context: Context, stage: Stage) -> Monitor | None:
+    """The alarms of stage rl, which know the steps before a stop."""
+    if stage != "rl":
+        return None
+    rows = read_rows(context.run.metrics) if distributed.is_main() else []
+    return Monitor(context.config.alarms, context.progress.say, (row for row in rows if row["stage"] == stage))
 
 
 def _rescue(context: Context, stage: Stage, step: int, *rest: Any) -> None:
@@ -350,14 +380,24 @@ def _save(
             model=state.model,
             tokenizer=state.tokenizer,
             tensors=tensors | generators,
-            state={"optimizers": rest, "extra": state.extra, "seconds": seconds, "skipped": skipped},
+            state={
+                "optimizers": rest,
+                "extra": state.extra,
+                "seconds": seconds,
+                "skipped": skipped,
+                "versions": versions(),
+            },
             keep_last=context.config.rl.keep_checkpoints,
         )
 
 
-def _restore(found: checkpoint.Checkpoint, state: StageState) -> tuple[float, int]:
+def _restore(found: checkpoint.Checkpoint, state: StageState, context: Context) -> tuple[float, int]:
     """Put the state back; returns the seconds the stage had taken and its skipped steps in a row."""
     saved, tensors = found.state(), found.tensors(state.optimizers.mesh)
+    before, now = saved.get("versions", {}), versions()
+    changed = [f"{name} {value} -> {now.get(name)}" for name, value in before.items() if now.get(name) != value]
+    if changed:
+        context.progress.say(f"saved with other versions ({', '.join(changed)}): results may differ in rounding")
     found.load_weights(state.model)
     state.optimizers.unpack(tensors, saved["optimizers"])
     state.extra.clear()

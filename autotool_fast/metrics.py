@@ -71,9 +71,9 @@ class MetricsWriter:
             OSError: naming the file.
         """
         assert not {"stage", "step", "seconds"} & metrics.keys()
-        row = {"stage": stage, "step": step, "seconds": _plain(seconds)}
-        row |= {f"time/{phase}": _plain(ms) for phase, ms in sorted((timings or {}).items())}
-        row |= {name: _plain(value) for name, value in sorted(metrics.items())}
+        row = {"stage": stage, "step": step, "seconds": plain(seconds)}
+        row |= {f"time/{phase}": plain(ms) for phase, ms in sorted((timings or {}).items())}
+        row |= {name: plain(value) for name, value in sorted(metrics.items())}
         with files.naming(self.path):
             self._file.write(_line(row))
             self._file.flush()
@@ -116,7 +116,7 @@ def strip_timings(row: Mapping[str, Any]) -> Row:
     return {k: v for k, v in row.items() if k != "seconds" and not k.startswith("time/")}
 
 
-def _plain(value: Any) -> int | float | None:
+def plain(value: Any) -> int | float | None:
     """A number in the file's format: integers as they are, floats to 9 digits, null when not finite."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value

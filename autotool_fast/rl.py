@@ -39,7 +39,7 @@ from autotool_fast.policy import packed_logp_entropy
 from autotool_fast.rewards import RewardTable, reward
 from autotool_fast.rollout.driver import Engine, RolloutLimits
 from autotool_fast.rollout.ranks import rollout_over_ranks
-from autotool_fast.rollout.records import Trajectory
+from autotool_fast.rollout.records import OUT_OF_BUDGET, Trajectory
 from autotool_fast.tasks.record import Task
 from autotool_fast.tasks.world import BANDS, band
 from autotool_fast.warmup import idle_backward
@@ -345,6 +345,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float]
         "acc/all": float(correct.mean()),
         "think_rate/all": float(thinks.mean()),
         "malformed": float(np.mean([t.length_class < 0 for t in trajectories])),
+        "truncated": float(np.mean([t.stop_reason in OUT_OF_BUDGET for t in trajectories])),
         "tokens/response": float(tokens.mean()),
         "tokens/prompt": float(np.mean([t.n_prompt for t in trajectories])),
     }

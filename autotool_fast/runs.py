@@ -35,9 +35,10 @@ MAY_DIFFER_ON_RESUME = frozenset(
     | {"model.attention", "rl.share_prompts", "rollout.cuda_graphs"}
     | {"label.teacher", "label.teacher_model", "rollout.server", "rollout.timeout_s"}
     | {"environment.slow_call_s"}
+    | {name for name in leaf_paths(TrainConfig) if name.startswith("alarms.")}
 )
-"""The second line is memory, the third speed: those settings change results by rounding alone. A server may move; a
-message changes nothing."""
+"""The second line is memory, the third speed: those settings change results by rounding alone. A server may move;
+messages and alarms change nothing."""
 LOCK = ".lock"
 
 
@@ -150,7 +151,7 @@ def read_config(path: Path) -> TrainConfig:
     if found != FORMAT:
         problem = f"has format {found!r}, this version reads {FORMAT!r}"
         raise UserError(problem, where=str(file), remedy="use --overwrite or another --out")
-    return from_dict(record["config"], source=str(file))
+    return from_dict(record.get("config"), source=str(file))
 
 
 def versions() -> dict[str, str]:

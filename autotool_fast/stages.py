@@ -337,7 +337,7 @@ STAGES: dict[Stage, Callable[[Pipeline], dict[str, Any]]] = {
 
 @contextmanager
 def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
-    """Metrics and progress of a run, with Ctrl-C and a failing disk handled.
+    """Metrics and progress of a run, with Ctrl-C, SIGTERM and a failing disk handled.
 
     Raises:
         UserError: a file cannot be read or written, or the model has diverged.
@@ -367,7 +367,10 @@ def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
 
 
 def run_stages(config: TrainConfig, run: RunFolder) -> int:
-    """Run the configured stages in an open run folder; returns the exit code, 0 or (interrupted) 130.
+    """Run the configured stages in an open run folder.
+
+    Returns:
+        The exit code: 0, or that of a stop: 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         UserError: what the user can fix; finished stages and checkpoints stay.
@@ -393,7 +396,7 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
             flag = "--resume in place of --overwrite" if config.overwrite else "--resume"
             context.progress.say(f"interrupted; saved in {run.path}, repeat the command with {flag} to continue")
             distributed.on_main(lambda: write_report(run.path))
-            return 130
+            return max(distributed.gather(context.stop.exit_code))
         report = distributed.on_main(lambda: write_report(run.path))
     print_summary(run.path, report)
     if context.profiler:

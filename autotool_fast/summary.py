@@ -1,4 +1,4 @@
-"""The tables a run ends with, printed from results.json."""
+"""The tables a run ends with, printed from results.json, and the alarms there were."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from autotool_fast.alarms import spells
+from autotool_fast.metrics import read_rows
 from autotool_fast.tasks.world import BANDS
 
 _STYLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left", "caption_justify": "left", "padding": (0, 1)}
@@ -28,6 +30,9 @@ def print_summary(run: Path, report: Path | None, console: Console | None = None
         results = json.loads(path.read_text(encoding="utf-8"))
         for table in (outcome_table(results), premise_table(results)):
             console.print(table)
+    if (run / "metrics.jsonl").exists():
+        for spell in spells(read_rows(run / "metrics.jsonl")):
+            console.print(f"alarm: {spell} (docs/metrics.md)", highlight=False, soft_wrap=True)
     console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
     if report is not None:
         console.print(f"report: {report}", highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ weights. What is wrong is one line; only a bug leaves a traceback.
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from autotool_fast.runs import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trainer; returns the exit code: 0 done, 2 a user's error, 130 interrupted."""
+    """Run the trainer; returns the exit code: 0 done, 2 a user's error, 130 interrupted, 143 told to end."""
     config = None
     distributed.silence()
     try:
@@ -47,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return distributed.leave(code)
     except UserError as error:
         return distributed.fail(f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
-        return distributed.fail(f"interrupted at once; {_continue(config)}", 130)
+    except KeyboardInterrupt as stop:
+        code = 143 if signal.SIGTERM in stop.args else 130
+        return distributed.fail(f"interrupted at once; {_continue(config)}", code)
     except Exception:
         if distributed.world() == 1:
             raise

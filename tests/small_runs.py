@@ -79,8 +79,8 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def ctrl_c_at(stage: str, step: int, times: int = 1) -> Iterator[None]:
-    """Send SIGINT, as a terminal does, when a stage first shows that it has reached `step`."""
+def ctrl_c_at(stage: str, step: int, times: int = 1, number: int = signal.SIGINT) -> Iterator[None]:
+    """Send SIGINT, as a terminal does, or another signal, when a stage first shows that it has reached `step`."""
     start, update = Progress.start, Progress.update
     current, sent = [""], [0]
 
@@ -92,7 +92,7 @@ def ctrl_c_at(stage: str, step: int, times: int = 1) -> Iterator[None]:
         update(self, done, figures)
         while current[0] == stage and done >= step and sent[0] < times:
             sent[0] += 1
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     Progress.start, Progress.update = watched_start, watched_update
     try:

@@ -226,11 +226,55 @@ def test_a_file_that_the_manifest_does_not_list_is_not_trusted(save, tmp_path):
     assert checkpoint.damage(path.parent) == "manifest.json does not list tensors.safetensors"
 
 
-def test_another_format_version_is_refused_by_name(save, tmp_path):
-    path = save(1).path / "manifest.json"
+def of_another_version(path):
+    path = path / "manifest.json"
     path.write_text(path.read_text().replace("checkpoint/1", "checkpoint/9"))
+
+
+def test_another_format_version_is_refused_by_name_and_the_one_before_is_used(save, tmp_path):
+    save(1)
+    of_another_version(save(2).path)
+    found, lines = warnings_of(tmp_path)
+    assert found.step == 1
+    assert len(lines) == 1
+    assert "step-00000002: has format 'autotool_fast.checkpoint/9'" in lines[0]
+
+
+def test_checkpoints_of_another_version_alone_are_not_taken_for_none(save, tmp_path):
+    of_another_version(save(1).path)
+    remove(save(2).path / "state.json")
     with pytest.raises(UserError, match=r"autotool_fast\.checkpoint/9"):
-        checkpoint.latest(tmp_path)
+        warnings_of(tmp_path)
+
+
+@pytest.mark.parametrize("extra", ["model/modeling.py", "notes", "model/more/deep.safetensors"])
+def test_a_file_too_many_is_refused_by_name(save, tmp_path, extra):
+    save(1)
+    path = save(2).path / extra
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("nowhere") if extra == "notes" else path.write_text("")
+    found, lines = warnings_of(tmp_path)
+    assert (found.step, len(lines)) == (1, 1)
+    assert f"manifest.json does not list {extra}" in lines[0]
+
+
+def test_a_manifest_names_no_file_outside_its_folder(save, tmp_path):
+    (tmp_path / "secret").write_text("")
+    path = save(1).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    manifest["files"]["../secret"] = {"bytes": 0, "sha256": empty}
+    path.write_text(json.dumps(manifest))
+    assert checkpoint.damage(path.parent) == "../secret is missing"
+
+
+def test_looking_for_the_newest_changes_nothing_on_the_disk(save, tmp_path):
+    save(1)
+    (tmp_path / ".tmp-step-00000002-1").mkdir()
+    os.replace(tmp_path / "step-00000001", tmp_path / ".old-step-00000001")
+    found, lines = warnings_of(tmp_path)
+    assert (found.state(), lines) == ({"n": 1}, [])
+    assert names(tmp_path) == [".old-step-00000001", ".tmp-step-00000002-1"]
 
 
 def test_state_must_be_plain_json(save, tmp_path):

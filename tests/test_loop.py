@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from autotool_fast import loop
 from autotool_fast.config import from_dict
 from autotool_fast.errors import UserError
 from autotool_fast.loop import (
@@ -204,6 +205,13 @@ def test_skipped_steps_with_a_good_one_between_do_not_end_the_run(tmp_path):
     assert training.state.extra["seen"] == [0, 3, 6, 7]
 
 
+def test_the_steps_after_a_skipped_one_see_the_data_they_would_have_seen(tmp_path, reference):
+    drawn = torch.get_rng_state()
+    Training(bad_steps=(2, 5)).run(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [row["step"] for row in rows(tmp_path / "run") if row["loss"] is None] == [3, 6]
+
+
 def test_skipped_steps_are_counted_across_a_stop(tmp_path):
     with pytest.raises(Interrupted):
         Training(bad_steps=(1, 2, 3), stop_at=2).run(tmp_path / "run")
@@ -225,6 +233,42 @@ def test_a_second_ctrl_c_interrupts_at_once_and_the_old_handler_comes_back():
             os.kill(os.getpid(), signal.SIGINT)
     assert len(said) == 1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_asks_for_a_stop_like_ctrl_c_and_has_its_own_exit_code(first, second):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopFlag()
+    with stop.installed(lambda text: None):
+        os.kill(os.getpid(), first)
+        with pytest.raises(Interrupted):
+            stop.check()
+        assert stop.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[first]
+        with pytest.raises(KeyboardInterrupt) as caught:
+            os.kill(os.getpid(), second)
+        assert caught.value.args == (second,)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_rank_that_is_told_twice_to_end_still_saves(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a scheduler tells the ranks, and so does torchrun
+    stop = StopFlag()
+    with stop.installed(lambda text: None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+
+
+def test_another_version_of_a_package_is_said_on_resuming(tmp_path, reference, capsys, monkeypatch):
+    with pytest.raises(Interrupted):
+        Training(stop_at=3).run(tmp_path / "run")
+    now = loop.versions()
+    monkeypatch.setattr(loop, "versions", lambda: now | {"torch": "9.9"})
+    resumed = Training(seed=99)
+    resumed.run(tmp_path / "run", resume=True)
+    assert f"saved with other versions (torch {now['torch']} -> 9.9)" in capsys.readouterr().err
+    assert same(weights(resumed.state.model), weights(reference.state.model))
 
 
 def test_a_ctrl_c_inside_a_write_to_the_same_stream_is_not_lost():

@@ -498,8 +498,13 @@ def test_a_step_that_is_not_finite_moves_nothing_and_hands_over_its_batch(make, 
         return logp, entropy
 
     monkeypatch.setattr(rl_module, "packed_logp_entropy", broken)
+    torch.manual_seed(5)
+    generators = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
     result = setting.step(TASKS, MIXED, 1)
     assert not result.finite
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert np.random.get_state()[1].tolist() == generators[1]  # noqa: NPY002
+    assert random.getstate() == generators[2]
     assert len(result.batch) == 12
     assert result.batch[0]["ids"] == setting.trainer.last[0].ids.tolist()
     json.dumps(result.batch)

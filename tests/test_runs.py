@@ -147,6 +147,12 @@ def test_a_run_of_another_format_version_is_refused_by_name(tmp_path):
     assert "autotool_fast.run/9" in error_of(settings(tmp_path, resume=True))
 
 
+def test_a_run_without_settings_is_one_line(tmp_path):
+    RunFolder.create(settings(tmp_path)).close()
+    (tmp_path / "config.json").write_text('{"format": "autotool_fast.run/1"}')
+    assert "must be a table of settings" in error_of(settings(tmp_path, resume=True))
+
+
 def test_a_second_process_is_refused_and_told_the_first(tmp_path):
     script = (
         "import sys; from autotool_fast.config import from_dict; from autotool_fast.runs import RunFolder\n"

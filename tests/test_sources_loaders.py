@@ -303,6 +303,16 @@ def test_rlla_rows_that_cannot_be_used(change, code):
     assert caught.value.reason == code
 
 
+# A file is told by its first rows
+
+
+@pytest.mark.parametrize("source", ["toolace", "hermes"])
+def test_a_row_without_its_dialogue_is_a_reject(source):
+    with pytest.raises(RowError) as caught:
+        list(SOURCES[source].read_row({"system": TOOL}, "x"))
+    assert caught.value.reason == "bad_row"
+
+
 # Plain records
 
 

@@ -43,6 +43,10 @@ class StopReason(str, Enum):
     """A reply could not be parsed; none of its calls ran."""
 
 
+OUT_OF_BUDGET = frozenset(StopReason) - {StopReason.FINISHED, StopReason.MALFORMED}
+"""Ends that a limit brought about, not the model."""
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One sampled episode of T tokens.

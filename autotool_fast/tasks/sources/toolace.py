@@ -38,7 +38,7 @@ def read_row(row: dict[str, Any], row_id: str) -> Iterator[Example | RowError]:
     listed, rest = _tool_list(system)
     tools, notes = read_tools(listed)
     names = [tool["function"]["name"] for tool in tools]
-    if not isinstance(row["conversations"], list):
+    if not isinstance(row.get("conversations"), list):
         raise RowError("bad_row", "conversations is no list")
     turns: list[Turn] = [*present(rest)]
     for value in row["conversations"]:
