@@ -15,7 +15,6 @@ namespaces it can also signal the user's processes, read their environment, and 
 and careless code, not an attacker. That model text is never evaluated is the services' business.
 """
 
-import contextlib
 import gc
 import importlib.util
 import json
@@ -160,6 +159,14 @@ def keep(connection, operations, limits, folder):
         contain.end_family(pid)
 
 
+def remove(folder):
+    """Remove a folder, however deeply a tool nested others in it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except RecursionError:
+        os.spawnvp(os.P_WAIT, "rm", ["rm", "-rf", "--", folder])
+
+
 class Server:
     """The sessions of one service."""
 
@@ -206,8 +213,7 @@ class Server:
             while pid := os.waitpid(-1, os.WNOHANG)[0]:
                 folder = self.keepers.pop(pid, None)
                 if folder:
-                    with contextlib.suppress(RecursionError):  # folders that a tool nested without end
-                        shutil.rmtree(folder, ignore_errors=True)
+                    remove(folder)
         except ChildProcessError:
             return
         for stray in set(contain.children()) - set(self.keepers):
@@ -232,7 +238,7 @@ def main(service, argument, descriptor, limits):
     control.sendall(json.dumps(greeting).encode() + b"\n")
     if operations is not None:
         Server(control, operations, limits).run()
-    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)  # a trainer that was killed cannot
+    remove(os.environ["TMPDIR"])  # a trainer that was killed cannot
 
 
 if __name__ == "__main__":
