@@ -139,6 +139,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(problem, where=str(path), remedy=remedy) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"is not valid TOML: {error}", where=str(path)) from None
+    except RecursionError:
+        raise UserError("is not valid TOML: nested too deeply", where=str(path)) from None
 
 
 def _read_options(argv: list[str]) -> list[tuple[str, list[str]]]:

@@ -43,10 +43,10 @@ class PartialResults:
         lines = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                lines.append(json.loads(line))
+                lines.append(json.loads(line.decode()))
                 if number > 1:
-                    lines[-1]["part"], lines[-1]["value"]
-            except (ValueError, TypeError, KeyError):
+                    hash(lines[-1]["part"]), lines[-1]["value"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 problem, remedy = f"line {number} is damaged", "delete that line to have its part made again"
                 raise UserError(problem, where=str(self._path), remedy=remedy) from None
         if not lines:

@@ -145,7 +145,7 @@ def read_config(path: Path) -> TrainConfig:
         record = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=str(file)) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError("is not valid JSON", where=str(file)) from None
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
@@ -177,7 +177,7 @@ def _refuse_foreign(path: Path) -> None:
         return
     try:
         record = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         record = None
     named = record.get("format") if isinstance(record, dict) else None
     if not (isinstance(named, str) and named.startswith("autotool_fast.run/")):

@@ -76,6 +76,19 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         MetricsWriter.open(tmp_path / "m", lambda row: True)
 
 
+@pytest.mark.parametrize("broken", [b'{"a": "\xed\xa0\x80"}', b'{"a": ' + b"[" * 5000, b"\xff"])
+def test_a_line_that_cannot_be_decoded_is_named_like_a_broken_one(tmp_path, broken):
+    (tmp_path / "m").write_bytes(b'{"step": 1}\n' + broken + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        MetricsWriter.open(tmp_path / "m", lambda row: True)
+
+
+def test_half_a_surrogate_pair_is_kept_as_it_was_written(tmp_path):
+    (tmp_path / "m").write_text('{"step": 1, "\\ud800": 2}\n')
+    MetricsWriter.open(tmp_path / "m", lambda row: True).close()
+    assert (tmp_path / "m").read_text() == '{"step": 1, "\\ud800": 2}\n'
+
+
 def test_opening_a_missing_file_starts_one(tmp_path):
     MetricsWriter.open(tmp_path / "m", lambda row: True).close()
     assert (tmp_path / "m").read_bytes() == b""

@@ -73,7 +73,7 @@ def test_parts_of_something_else_are_refused_and_left_alone(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"part": "a"}', "3"])
+@pytest.mark.parametrize("line", ["{", "[]", '{"part": "a"}', "3", '{"part": [], "value": 1}', "[" * 5000])
 def test_a_damaged_line_is_named_and_left_alone(tmp_path, line):
     path = tmp_path / "parts.jsonl"
     PartialResults(path, OWNER).part("a", lambda: 1)

@@ -151,6 +151,8 @@ def test_a_run_without_settings_is_one_line(tmp_path):
     RunFolder.create(settings(tmp_path)).close()
     (tmp_path / "config.json").write_text('{"format": "autotool_fast.run/1"}')
     assert "must be a table of settings" in error_of(settings(tmp_path, resume=True))
+    (tmp_path / "config.json").write_text("[" * 5000)
+    assert "not a run folder" in error_of(settings(tmp_path, resume=True))
 
 
 def test_a_second_process_is_refused_and_told_the_first(tmp_path):

@@ -64,6 +64,7 @@ def child_of(work: Callable[[], None]) -> int:
 @pytest.mark.slow
 def test_two_hundred_saves_and_kill_9_at_random_points_lose_nothing(tmp_path):
     rng = random.Random(0)
+    save(tmp_path, 1)
     begin = time.perf_counter()
     save(tmp_path, 1)
     duration = time.perf_counter() - begin
@@ -98,7 +99,7 @@ def test_two_hundred_saves_and_kill_9_at_random_points_lose_nothing(tmp_path):
         assert last <= found.step <= last + 1  # one that got its name in time counts too
         assert_is(found, found.step)
         kept = found.step
-    assert kills > 10
+    assert kills > 20
     save(tmp_path, kept + 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{kept + i:08}" for i in (0, 1)]
 
