@@ -517,16 +517,16 @@ stages = ["refine", "rl", "eval"]
 [model]
 max_positions = 1000
 [refine]
-prompts = 4
+prompts = 9
 rounds = 2
 drop_hard = 0.0
 keep = 1.0
 [rl]
-steps = 2
-prompts_per_step = 3
+steps = 4
+prompts_per_step = 5
 group_size = 4
 lr = 1e-3
-eval_every = 1
+eval_every = 2
 [rollout]
 slots = 6
 prefill_chunk = 512
@@ -583,6 +583,7 @@ def test_a_model_trains_on_the_example(place):
     rows = read_rows(place / "run" / "metrics.jsonl")
     assert {row["stage"] for row in rows} == {"refine", "rl"}
     assert max(row["acc/all"] for row in rows) > 0
+    assert min(row["groups/constant"] for row in rows if row["stage"] == "rl") < 1
     assert not torch.equal(weights(place / "model"), weights(place / "run" / "models" / "rl"))
     found = json.loads((place / "run" / "results.json").read_text())
     families = {cell["family"] for cell in found["models"]["rl"]["auto"]["cells"]}

@@ -220,8 +220,8 @@ class _Driver:
             state.calls += len(reply.calls)
             begin = getattr(state.episode, "begin", None)
             if begin is not None:
-                names = tuple(call.name for call in reply.calls)
-                self.calls[key] = _Calls(begin(reply), names, time.perf_counter())
+                began, names = time.perf_counter(), tuple(call.name for call in reply.calls)
+                self.calls[key] = _Calls(begin(reply), names, began)
                 return None
         return self._go_on(key, self._timed(key, state, lambda: serve(reply)))
 
