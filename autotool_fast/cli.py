@@ -137,7 +137,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         problem, remedy = f"cannot be read ({error.strerror})", "check --preset"
         raise UserError(problem, where=str(path), remedy=remedy) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # besides bad TOML: no UTF-8, a number with thousands of digits
         raise UserError(f"is not valid TOML: {error}", where=str(path)) from None
     except RecursionError:
         raise UserError("is not valid TOML: nested too deeply", where=str(path)) from None

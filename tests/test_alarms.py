@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import random
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
 from test_loop import Training, same, weights
 
-from autotool_fast import alarms, loop
+from autotool_fast import alarms
 from autotool_fast.alarms import Monitor, Watch, advance, spells
 from autotool_fast.config import AlarmsConfig, from_dict
 from autotool_fast.errors import UserError
@@ -140,31 +141,28 @@ def test_alarms_can_be_turned_off():
 class Collapsing(Training):
     """A stage whose entropy metric collapses after its fifth step."""
 
+    settings: ClassVar[dict] = {"alarms": {"window": 2}}
+
     def step(self, index: int) -> StepResult:
         result = super().step(index)
         result.metrics |= GOOD | ({"entropy/all": 0.001} if index >= 5 else {})
         return result
 
 
-@pytest.fixture
-def as_rl(monkeypatch):
-    """Have the loop take the stage of `Training` for the RL stage, with a short window."""
-    monkeypatch.setattr(
-        loop, "_monitor", lambda context, stage: Monitor(
-            AlarmsConfig(window=2), context.progress.say, read_rows(context.run.metrics)
-        )
-    )  # fmt: skip
+def test_other_stages_are_not_watched(tmp_path, capsys):
+    Collapsing().run(tmp_path / "run")
+    assert "alarm" not in capsys.readouterr().err
 
 
-def test_an_alarm_goes_on_over_a_stop_and_the_summary_tells_of_it(tmp_path, as_rl, capsys):
+def test_an_alarm_goes_on_over_a_stop_and_the_summary_tells_of_it(tmp_path, capsys):
     straight = Collapsing()
-    straight.run(tmp_path / "straight")
+    straight.run(tmp_path / "straight", stage="rl")
     assert capsys.readouterr().err.count("alarm: entropy collapse at step 7") == 1
     with pytest.raises(Interrupted):
-        Collapsing(stop_at=6).run(tmp_path / "run")
+        Collapsing(stop_at=6).run(tmp_path / "run", stage="rl")
     assert capsys.readouterr().err.count("alarm: entropy collapse") == 1
     resumed = Collapsing(seed=99)
-    resumed.run(tmp_path / "run", resume=True)
+    resumed.run(tmp_path / "run", resume=True, stage="rl")
     assert capsys.readouterr().err.count("alarm: entropy collapse") == 0
     rows = [strip_timings(row) for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert rows == [strip_timings(row) for row in read_rows(tmp_path / "straight" / "metrics.jsonl")]

@@ -152,6 +152,7 @@ def test_a_mistake_is_one_line_that_says_what_and_where(argv, parts):
     [
         ("[rl]\nlrr = 1\n", ("rl.lrr", "'rl.lr'")),
         ("[rl\n", ("not valid TOML", "line 1")),
+        ("a = " + "9" * 5000, ("not valid TOML", "digits")),
         ("a = " + "[" * 5000, ("not valid TOML", "nested too deeply")),
         ("[rl]\nlr = -1\n", ("rl.lr", "greater than 0")),
         ("rl = 3\n", ("rl", "table")),

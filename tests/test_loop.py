@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -61,6 +62,8 @@ def same(a: dict, b: dict) -> bool:
 class Training:
     """A stage with random data from the global generator, which a resumed run must find where it was."""
 
+    settings: ClassVar[dict] = {}
+
     def __init__(self, *, bad_steps: tuple[int, ...] = (), stop_at: int | None = None, seed: int = 0):
         self.state = StageState(tiny_model(), TOKENIZER, None)
         self.state.optimizers = Optimizers(self.state.model, lr=1e-2, weight_decay=0.01, matrix="muon")
@@ -81,8 +84,10 @@ class Training:
             self.state.extra["seen"].append(index)
         return StepResult({"loss": value, "norm": norm}, finite, None if finite else ids.tolist())
 
-    def run(self, folder: Path, steps: int = 8, *, resume: bool = False, every: int = 0, **options) -> None:
-        config = from_dict({"out": str(folder), "resume": resume})
+    def run(
+        self, folder: Path, steps: int = 8, *, resume: bool = False, every: int = 0, stage: str = "base", **options
+    ) -> None:
+        config = from_dict({"out": str(folder), "resume": resume, **self.settings})
         with RunFolder.create(config) as run, Progress() as progress:
             metrics = MetricsWriter.open(run.metrics, lambda row: True)
             self.context = Context(config, run, metrics, progress, StopFlag())
@@ -90,7 +95,7 @@ class Training:
                 with self.context.stop.installed(progress.say):
                     run_steps(
                         self.context,
-                        "base",
+                        stage,
                         self.state,
                         steps,
                         self.step,
