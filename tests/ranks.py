@@ -10,6 +10,7 @@ every rank and whatever the number of ranks. Those of each rank are saved as FOL
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -262,7 +263,7 @@ def stages_of(patch: pytest.MonkeyPatch, out: Path, dtype: torch.dtype, stop_aft
         def step(index: int):
             done.append(index)
             last = distributed.rank() == distributed.world() - 1
-            context.stop.requested = last and index == stop_after
+            context.stop.signal = signal.SIGINT if last and index == stop_after else None
             return setting.trainer.step(TASKS, index)
 
         try:
