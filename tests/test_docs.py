@@ -230,3 +230,16 @@ def test_every_public_function_is_documented(folder):
         if names:
             missing[name(path)] = names
     assert not missing
+
+
+def test_messages_in_the_troubleshooting_guide_are_those_of_the_code():
+    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "autotool_fast").rglob("*.py"))]
+    code = re.sub(r"""["']\s*\n\s*f?["']""", "", "\n".join(sources))
+    rows = re.findall(r"^\| ([^|]*`[^|]*) \|", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    quoted = [message for row in rows if "of torch" not in row for message in re.findall(r"`([^`]+)`", row)]
+    messages = [m for m in quoted if not m.startswith("--") and " " in m]
+    assert len(messages) > 25
+    for message in messages:
+        for part in re.split(r"\.\.\.|\b[NPXY]\b", message):
+            if len(part.strip(" (")) > 3:
+                assert part.strip(" (") in code, f"no such message: {message}"
