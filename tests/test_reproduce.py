@@ -169,6 +169,24 @@ def test_an_interrupted_study_goes_on_where_it_was(monkeypatch, tmp_path, capsys
     assert len(json.loads((tmp_path / "r.json").read_text())["units"]) == 15
 
 
+@pytest.mark.slow
+def test_units_are_really_trained_and_measured(tmp_path):
+    """The trainer itself, cut down: a unit from a cold and one from a warmed-up start."""
+    small = ["--preset", "smoke", "--eval.per-cell", "1"]
+    todo = [Unit("cold", "decoupled", 0), Unit("clean", "none", 0)]
+    results = Results(tmp_path / "r.json", {})
+    trainer = reproduce.Trainer(tmp_path, small)
+    assert reproduce.run_units(todo, trainer, results, 2, {"cold": 4, "clean": 3}) == []
+    found = {unit.start: results.units[unit.key] for unit in todo}
+    assert (found["cold"]["steps"], found["clean"]["steps"]) == (4, 3)
+    for figures in found.values():
+        assert 0 <= figures["eval"]["accuracy"] <= 1
+        assert figures["eval"]["tokens"] > 0
+    warmed = (tmp_path / "clean-0" / "models" / "warmup" / "model.safetensors").read_bytes()
+    begun = (tmp_path / todo[1].folder / "models" / "base" / "model.safetensors").read_bytes()
+    assert begun == warmed != (tmp_path / "base-0" / "models" / "base" / "model.safetensors").read_bytes()
+
+
 def test_the_document_has_every_arm_and_its_differences(monkeypatch, tmp_path, capsys):
     fake_trainer(monkeypatch)
     call(monkeypatch, tmp_path, "--only", "main", "refinement", "--seeds", "0", "1", "2")
