@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -118,6 +120,39 @@ def test_options_of_other_commands_exist(document, module, options):
     for option in options:
         if option.startswith("--") and option != "--":
             assert re.search(rf"{re.escape(option.partition('=')[0])}\b", text), f"{module} has no {option}"
+
+
+def test_the_first_run_guide_works_as_printed(tmp_path):
+    text = (ROOT / "docs" / "first_run.md").read_text(encoding="utf-8")
+    lines = [line for language, body in FENCE.findall(text) if language == "sh" for line in body.splitlines()]
+    assert len(lines) >= 8
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    written = {}
+    for line in lines:
+        module, options = launched(line)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *options],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr[-1000:]}"
+        written[line] = done.stdout
+    answers = [text for line, text in written.items() if "autotool_fast.chat" in line]
+    assert "thinking:" in answers[1]
+    assert "call:" in answers[1]
+    assert (tmp_path / "runs" / "comparison.html").exists()
+    folder = tmp_path / "runs" / "smoke"
+    for name in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE):
+        for file in re.findall(r"`([\w./]+)`", name):
+            assert (folder / file).exists() or (folder / "models" / file).exists(), file
+    staged = json.loads((tmp_path / "runs" / "staged" / "results.json").read_text(encoding="utf-8"))
+    whole = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert staged["models"]["rl"] == whole["models"]["rl"]
 
 
 def test_extras_and_presets_that_are_named_exist():
