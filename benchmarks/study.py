@@ -171,6 +171,37 @@ def document(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+MARKS = ("<!-- study: written by python -m benchmarks.reproduce -->", "<!-- end of study -->")
+"""What stands around the study's table in a document."""
+
+
+def summary(results: Sequence[Result]) -> str:
+    """One Markdown row per arm: its recovery from the first start, its final evaluation from every start."""
+    groups = by_variant(results)
+    starts = [start for start in STARTS if any(f"{start}/{arm}" in groups for arm in ARMS)]
+    heads = [f"{start}: {column}" for start in starts for column in ("thinks hard / easy", "accuracy hard, %")]
+    lines = [f"| arm | recovered, at step | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
+    for arm in ARMS:
+        cells = [recovered(groups.get(f"{starts[0]}/{arm}", []))]
+        for start in starts:
+            members = groups.get(f"{start}/{arm}", [])
+            thinks = [estimate([value(r, f"eval.think_{band}") for r in members]).mean for band in ("hard", "easy")]
+            cells.append(" / ".join(f"{rate:.2f}" for rate in thinks))
+            cells.append(estimate([value(r, "eval.acc_hard") for r in members]).text(0, 100))
+        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def insert(document: Path, results: Sequence[Result]) -> None:
+    """Renew the summary between the marks of a document; one without them is left alone."""
+    begin, end = MARKS
+    text = document.read_text(encoding="utf-8") if document.exists() else ""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if found and closed:
+        files.write_text(document, f"{before}{begin}\n\n{summary(results)}\n\n{end}{after}")
+
+
 def _mean_curve(members: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(steps, mean, lowest, highest) over seeds."""
     curves = [np.array(r["curves"][name], float) for r in members]
@@ -207,42 +238,33 @@ def plot_courses(results: Sequence[Result], path: Path) -> None:
 
 
 def plot_frontier(results: Sequence[Result], path: Path) -> None:
-    """Accuracy against tokens of every start and arm, with confidence intervals and lines of equal ACU."""
+    """Accuracy against tokens of every start and arm: seeds faint, their mean strong, and lines of equal ACU."""
     plt = _pyplot()
     groups = by_variant(results)
-    figure, axis = plt.subplots(figsize=(6.6, 4.2), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(6.8, 4.2), constrained_layout=True)
     marks = dict(zip(STARTS, "os^", strict=True))
-    points = []
+    shown = [r for start in STARTS for arm in ARMS for r in groups.get(f"{start}/{arm}", ())]
     for start in STARTS:
         for arm in ARMS:
-            if members := groups.get(f"{start}/{arm}"):
-                tokens = estimate([value(r, "eval.tokens") for r in members])
-                accuracy = estimate([value(r, "eval.accuracy") for r in members])
-                points.append((tokens.mean, accuracy.mean, estimate([value(r, "eval.acu") for r in members]).mean))
-                axis.errorbar(
-                    tokens.mean,
-                    100 * accuracy.mean,
-                    xerr=None if math.isnan(tokens.half) else tokens.half,
-                    yerr=None if math.isnan(accuracy.half) else 100 * accuracy.half,
-                    fmt=marks[start],
-                    color=COLOURS[arm],
-                    markersize=6,
-                    elinewidth=0.8,
-                    capsize=0,
-                )
-    low, high = axis.get_ylim()
-    left, right = axis.get_xlim()
-    # ACU = 100 accuracy / (M tokens), so equal ACU is a ray from the origin; M is the same for all.
-    per_token = np.median([acu * tokens / (100 * accuracy) for tokens, accuracy, acu in points if accuracy])
-    for acu in np.linspace(min(p[2] for p in points), max(p[2] for p in points), 4):
-        x = np.array([left, right])
-        axis.plot(x, acu * x / per_token, color="0.85", linewidth=0.8, zorder=0)
-        edge = min(right, high * per_token / acu) if acu else right
-        if left < edge:
-            axis.annotate(
-                f"ACU {acu:.0f}", (edge, min(acu * edge / per_token, high)), fontsize=7, color="0.6", ha="right"
-            )
-    axis.set(xlim=(left, right), ylim=(low, high), xlabel="mean response tokens", ylabel="accuracy, %")
+            if not (members := groups.get(f"{start}/{arm}")):
+                continue
+            tokens = [value(r, "eval.tokens") for r in members]
+            accuracy = [100 * value(r, "eval.accuracy") for r in members]
+            style = {"color": COLOURS[arm], "marker": marks[start], "linestyle": ""}
+            axis.plot(tokens, accuracy, **style, markersize=4, alpha=0.3, markeredgewidth=0)
+            axis.plot(np.mean(tokens), np.mean(accuracy), **style, markersize=8, markeredgecolor="white")
+    right = 1.05 * max(value(r, "eval.tokens") for r in shown)
+    low, high = 100 * min(value(r, "eval.accuracy") for r in shown) - 3, 102.0
+    # ACU = accuracy in % / (M tokens), so equal ACU is a ray from the origin; M is the same for all.
+    ratios = [100 * value(r, "eval.accuracy") / value(r, "eval.tokens") for r in shown]
+    per_acu = float(np.median([q / value(r, "eval.acu") for q, r in zip(ratios, shown, strict=True)]))
+    for acu in (10, 20, 30, 40, 60, 80):
+        slope = acu * per_acu
+        if low < slope * right and min(ratios) / 1.3 < slope < 1.3 * max(ratios):
+            axis.plot([0, right], [0, slope * right], color="0.85", linewidth=0.8, zorder=0)
+            x = min(right, high / slope)
+            axis.annotate(f"ACU {acu}", (x, slope * x), fontsize=7, color="0.5", ha="center", va="bottom")
+    axis.set(xlim=(0, right), ylim=(low, high), xlabel="mean response tokens", ylabel="accuracy, %")
     arms = [plt.Line2D([], [], color=COLOURS[arm], marker="o", linestyle="", label=arm) for arm in ARMS]
     starts = [plt.Line2D([], [], color="0.4", marker=marks[s], linestyle="", label=f"{s} start") for s in STARTS]
     axis.legend(handles=[*arms, *starts], frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -261,12 +283,13 @@ def _pyplot() -> Any:
 
 
 def write(results: Sequence[Result], docs: Path) -> None:
-    """Write `<docs>/study.md` and, where matplotlib is installed, its figures in `<docs>/images`."""
+    """Write `<docs>/study.md`, the README's summary beside `docs` and, with matplotlib, figures in `<docs>/images`."""
     (docs / "images").mkdir(parents=True, exist_ok=True)
     files.write_text(docs / "study.md", document(results))
     main = [r for r in results if not r["changes"]]
     if not main:
         return
+    insert(docs.parent / "README.md", main)
     try:
         _pyplot()
     except ImportError:

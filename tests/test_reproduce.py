@@ -228,3 +228,21 @@ def test_recovery_is_counted_over_seeds():
     members = [{"recovery_step": step} for step in (200, None, 100, 220)]
     assert study.recovered(members) == "3/4, 200"
     assert study.recovered([{"recovery_step": None}]) == "0/1"
+
+
+def test_the_summary_is_renewed_between_its_marks_alone(monkeypatch, tmp_path):
+    fake_trainer(monkeypatch)
+    readme = tmp_path / "README.md"
+    begin, end = study.MARKS
+    readme.write_text(f"before\n\n{begin}\nformer\n{end}\n\nafter\n")
+    call(monkeypatch, tmp_path, "--only", "main", "--seeds", "0", "1")
+    text = readme.read_text()
+    assert text.startswith(f"before\n\n{begin}\n")
+    assert text.endswith(f"{end}\n\nafter\n")
+    assert "former" not in text
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| `")}
+    assert set(rows) == {f"| `{arm}`" for arm in ARMS}
+    assert rows["| `decoupled`"] == "| `decoupled` | 0/2 " + 3 * "| 0.50 / 0.50 | 60 ± 0 " + "|"
+    readme.write_text("no marks\n")
+    call(monkeypatch, tmp_path, "--report-only")
+    assert readme.read_text() == "no marks\n"
