@@ -144,7 +144,9 @@ def document(results: Sequence[Result]) -> str:
         "[results](results.md). A figure is the mean over seeds ± the half-width of its 95 % confidence interval",
         "(Student's t). RL steps: "
         + ", ".join(f"{start} {'/'.join(map(str, count))}" for start, count in steps.items() if count)
-        + f". Made {dates[0]} to {dates[-1]} on {'; '.join(devices)}.",
+        + f". Made {dates[0]} to {dates[-1]} on {'; '.join(devices)}:",
+        f"{len(results)} runs of one thread, {sum(r['steps'] for r in results):,} RL steps in "
+        + f"{sum(r['seconds'] for r in results) / 3600:.1f} hours of RL in all, beside other work.",
         "",
         "Thinking rates, accuracy, tokens (mean response), ACU and routing regret are those of the final evaluation on",
         "held-out tasks, greedy, the mode chosen by the model. The lowest thinking rate, recovery (the step from which",
