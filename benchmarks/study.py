@@ -88,6 +88,7 @@ COLUMNS: tuple[tuple[str, Callable[[Sequence[Result]], str]], ...] = (
     ("lowest thinking on hard", lambda m: estimate([value(r, "lowest_think_hard") for r in m]).text()),
     ("recovered, at step", recovered),
     ("thinks hard", lambda m: estimate([value(r, "eval.think_hard") for r in m]).text()),
+    ("thinks medium", lambda m: estimate([value(r, "eval.think_medium") for r in m]).text()),
     ("thinks easy", lambda m: estimate([value(r, "eval.think_easy") for r in m]).text()),
     ("accuracy hard, %", lambda m: estimate([value(r, "eval.acc_hard") for r in m]).text(1, 100)),
     ("area under hard accuracy", lambda m: estimate([value(r, "acc_hard_area") for r in m]).text(3)),
@@ -151,7 +152,8 @@ def document(results: Sequence[Result]) -> str:
         "Thinking rates, accuracy, tokens (mean response), ACU and routing regret are those of the final evaluation on",
         "held-out tasks, greedy, the mode chosen by the model. The lowest thinking rate, recovery (the step from which",
         "thinking on hard tasks stays at 70 % or above, 0 if it never fell below) and the area (mean over all steps)",
-        "are of the training rollouts in 15-step means. Hard: four or more serial steps.",
+        "are of the training rollouts in 15-step means. Hard: four or more serial steps;",
+        "medium: one to three; easy: none.",
     ]
     for start in STARTS:
         rows = [(arm, groups[f"{start}/{arm}"]) for arm in ARMS if f"{start}/{arm}" in groups]
