@@ -200,7 +200,8 @@ def test_the_printed_page_has_text_on_every_sheet(browser, pages, name):
 
 def test_pictures_show_the_report_and_the_comparison_and_leave_the_runs_alone(tmp_path, capsys):
     runs = [write_run(tmp_path / name, 30, arm=name) for name in ("decoupled", "none")]
-    assert screenshots.main([*map(str, runs), "--images", str(tmp_path / "images")]) == 0
+    first, second = map(str, runs)
+    assert screenshots.main([first, "--compare", first, second, "--images", str(tmp_path / "images")]) == 0
     names = ["report.png", "report_training.png", "report_compare.png"]
     assert capsys.readouterr().out.split() == [str(tmp_path / "images" / name) for name in names]
     for name in names:

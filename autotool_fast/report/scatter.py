@@ -106,6 +106,7 @@ def scatter(
     parts = _draw_legend(legend)
     parts += frame.axes(x_ticks, [0, 0.2, 0.4, 0.6, 0.8, 1], x_label, y_label, percent)
     boxes = [(frame.x(p.x) - 7, frame.y(p.y) - 7, frame.x(p.x) + 7, frame.y(p.y) + 7) for p in points]
+    boxes.append((frame.left, frame.top - 22, frame.left + TEXT * len(y_label), frame.top - 4))
     best = frontier(points)
     if len(best) > 1:
         stair = "".join(f"H{short(frame.x(p.x))}V{short(frame.y(p.y))}" for p in best[1:])
@@ -113,14 +114,12 @@ def scatter(
         for p, q in itertools.pairwise(best):
             corner, foot, head = frame.x(q.x), frame.y(p.y), frame.y(q.y)
             boxes += [(frame.x(p.x), foot - 2, corner, foot + 2), (corner - 2, head, corner + 2, foot)]
+    labels = [_place_label(frame, p, boxes) for p in sorted(points, key=lambda p: p.x) if p.label]
     parts += [_draw_iso(frame, line, boxes) for line in iso_lines]
     for p in points:
         near = [q.tip for q in points if _distance(frame, p, q) < MARK]
         parts.append(_mark(p.shape, frame.x(p.x), frame.y(p.y), f"hit mark {p.colour}", "\n".join(near)))
-    for p in sorted(points, key=lambda p: p.x):
-        if p.label:
-            parts.append(_place_label(frame, p, boxes))
-    return draw_svg(height, description, parts)
+    return draw_svg(height, description, [*parts, *labels])
 
 
 def _distance(frame: Frame, p: Point, q: Point) -> float:
