@@ -1,8 +1,8 @@
 """Pictures of the report for the README, taken from real runs.
 
-`python -m benchmarks.screenshots RUN [RUN ...]` writes docs/images/report.png (outcome and cost of the first run),
-report_training.png (its RL stage) and, given several runs, report_compare.png (their comparison). Needs Chromium on the
-PATH; the run folders are only read.
+`python -m benchmarks.screenshots RUN --compare RUN RUN` writes docs/images/report.png (outcome and cost of a run),
+report_training.png (its RL stage) and, given runs to compare, report_compare.png. Needs Chromium on the PATH; the run
+folders are only read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from benchmarks.browser import Browser, find_chromium
 from benchmarks.provenance import ROOT
 
 IMAGES = ROOT / "docs" / "images"
-WIDTH = 1280
+WIDTH = 1000
 MARGIN = 8
-ROWS_OF_CURVES = 2
+ROWS_OF_CURVES = 3
 
 
-def take(folders: Sequence[Path], images: Path) -> list[Path]:
-    """Write the pictures into the folder `images` and return their paths.
+def take(run: Path, compared: Sequence[Path], images: Path) -> list[Path]:
+    """Write the pictures of a run, and of the comparison of others if there are any, into the folder `images`.
+
+    Returns:
+        The paths of the pictures.
 
     Raises:
         UserError: no Chromium, or a folder that is no run.
@@ -33,10 +36,8 @@ def take(folders: Sequence[Path], images: Path) -> list[Path]:
     if find_chromium() is None:
         raise UserError("no Chromium on the PATH", remedy="install it, for instance the package chromium")
     with tempfile.TemporaryDirectory() as scratch:
-        report = write_report(folders[0], Path(scratch) / "report.html")
-        comparison = Path(scratch) / "comparison.html"
-        if len(folders) > 1:
-            write_comparison(folders, comparison)
+        report = write_report(run, Path(scratch) / "report.html")
+        comparison = write_comparison(compared, Path(scratch) / "comparison.html") if compared else None
         images.mkdir(parents=True, exist_ok=True)
         with Browser() as browser:
             browser.open(report, WIDTH)
@@ -44,7 +45,7 @@ def take(folders: Sequence[Path], images: Path) -> list[Path]:
                 "report.png": browser.picture(0, _bottom(browser, "#trade")),
                 "report_training.png": _section(browser, "#rl > h2", "#rl > .columns"),
             }
-            if len(folders) > 1:
+            if comparison is not None:
                 browser.open(comparison, WIDTH)
                 last = f"#training figure:nth-of-type({2 * ROWS_OF_CURVES})"
                 end = last if browser.evaluate(f"document.querySelector({last!r}) !== null") else "#final"
@@ -69,11 +70,12 @@ def _bottom(browser: Browser, selector: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Take the pictures; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.screenshots", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder; the first is shown alone")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder that is shown alone")
+    parser.add_argument("--compare", metavar="RUN", nargs="+", type=Path, default=[], help="run folders to compare")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder to write to (default: docs/images)")
     options = parser.parse_args(argv)
     try:
-        for path in take(options.runs, options.images):
+        for path in take(options.run, options.compare, options.images):
             print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

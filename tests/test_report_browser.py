@@ -132,6 +132,17 @@ def test_calls_and_results_are_folded_until_they_are_opened(browser, pages):
     assert browser.evaluate(hidden) > 0
 
 
+def test_long_names_leave_room_for_the_figures_on_a_phone(browser, tmp_path):
+    names = ("quite-a-long-name-of-a-run-whose-last-part-matters-most", "n" * 60)
+    runs = [write_run(tmp_path / name, 2, arm=arm) for name, arm in zip(names, ("none", "fixed"), strict=True)]
+    browser.open(write_comparison(runs), 390)
+    assert browser.evaluate("document.scrollingElement.scrollWidth") <= 390
+    heads = "[...document.querySelectorAll('table.runs th[scope=row]')].map(e => e.getBoundingClientRect())"
+    assert browser.evaluate(f"Math.min(...{heads}.map(b => b.width))") > 0.2 * 390
+    assert browser.evaluate(f"Math.max(...{heads}.map(b => b.width))") < 0.5 * 390
+    assert browser.evaluate(f"Math.max(...{heads}.map(b => b.height))") < 250
+
+
 def test_a_tooltip_shows_the_values_under_the_pointer(browser, pages):
     browser.open(pages["report"])
     shown = browser.evaluate(
@@ -162,6 +173,10 @@ def test_on_paper_folds_are_open_and_screen_furniture_is_gone(browser, pages):
     assert browser.evaluate("document.scrollingElement.scrollWidth") <= 760
     # A4 less its margins is about 1,036 pixels high: a chart fits on one page
     assert browser.evaluate("Math.max(...[...document.querySelectorAll('figure')].map(f => f.offsetHeight))") < 1000
+    # a transcript may be as long as a sheet: kept whole it would leave the one before half empty
+    inside = "[...document.querySelectorAll('{}')].map(e => getComputedStyle(e).breakInside)"
+    assert set(browser.evaluate(inside.format(".transcript"))) == {"auto"}
+    assert set(browser.evaluate(inside.format(".text details"))) == {"avoid"}
     kept = "[...document.querySelectorAll('figure')].every(f => getComputedStyle(f).breakInside === 'avoid')"
     assert browser.evaluate(kept) is True
 
@@ -185,7 +200,8 @@ def test_the_printed_page_has_text_on_every_sheet(browser, pages, name):
 
 def test_pictures_show_the_report_and_the_comparison_and_leave_the_runs_alone(tmp_path, capsys):
     runs = [write_run(tmp_path / name, 30, arm=name) for name in ("decoupled", "none")]
-    assert screenshots.main([*map(str, runs), "--images", str(tmp_path / "images")]) == 0
+    first, second = map(str, runs)
+    assert screenshots.main([first, "--compare", first, second, "--images", str(tmp_path / "images")]) == 0
     names = ["report.png", "report_training.png", "report_compare.png"]
     assert capsys.readouterr().out.split() == [str(tmp_path / "images" / name) for name in names]
     for name in names:

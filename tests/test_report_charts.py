@@ -9,7 +9,7 @@ import re
 import pytest
 
 from autotool_fast.report import charts
-from autotool_fast.report.scatter import IsoLine, Point, scatter
+from autotool_fast.report.scatter import IsoLine, Point, frontier, scatter
 
 
 def test_not_finite_values_are_gaps_and_not_zeros():
@@ -135,3 +135,28 @@ def test_labels_of_marks_in_one_place_do_not_overlap():
     for left, top, right, bottom in boxes:
         # the marks lie on one spot
         assert not (left < 210 < right and top < 150 < bottom)
+
+
+def test_the_frontier_is_what_no_other_point_beats():
+    spots = ((3, 0.6), (1, 0.5), (2, 0.4), (3, 0.9), (4, 0.9))
+    points = [Point(x, y, "c-ink", "circle", f"{x}, {y}") for x, y in spots]
+    assert [(p.x, p.y) for p in frontier(points)] == [(1, 0.5), (3, 0.9)]
+    axes = {"x_label": "x", "y_label": "y", "description": "d", "legend": ()}
+    assert scatter(points, (), **axes).count('class="frontier"') == 1
+    assert 'class="frontier"' not in scatter(points[:1], (), **axes)
+
+
+def test_labels_keep_off_the_frontier():
+    points = [Point(x, y, "c-ink", "circle", "", "label") for x, y in ((10, 0.5), (20, 0.9))]
+    svg = scatter(points, (), x_label="x", y_label="y", description="d", legend=())
+    stair = re.search(r'class="frontier" d="M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)"', svg)
+    left, level, right, _ = map(float, stair.groups())
+    for x, y in re.findall(r'class="direct c-ink" x="([\d.]+)" y="([\d.]+)"', svg):
+        over = float(x) < right and float(x) + 5 * charts.BOLD > left
+        assert not (over and float(y) - 9 < level < float(y) + 1)
+
+
+def test_marks_that_hide_each_other_tell_of_both():
+    points = [Point(x, 0.5, "c-ink", "circle", tip) for x, tip in ((10, "below"), (10.01, "above"), (20, "apart"))]
+    svg = scatter(points, (), x_label="x", y_label="y", description="d", legend=())
+    assert re.findall(r"<title>([^<]*)</title>", svg) == ["below\nabove", "below\nabove", "apart"]

@@ -74,6 +74,31 @@ def test_single_runs_are_called_by_their_folders_and_paths_where_those_are_the_s
     assert all(len(label) <= MAX_LABEL for label in labels)
 
 
+def test_long_names_lose_what_all_of_them_share(tmp_path):
+    names = ("cold-adaptive+seed=0", "cold-decoupled+seed=0", "cold-none+seed=0")
+    runs = [write_run(tmp_path / name, 1, arm=name.split("-")[1].split("+")[0]) for name in names]
+    assert [v.label for v in load_variants(runs)] == ["adaptive", "decoupled", "none"]
+    other = write_run(tmp_path / "warm-none", 1, arm="fixed")
+    assert [v.label for v in load_variants([*runs[:1], other])][1] == "warm-none"
+    short = [write_run(tmp_path / name, 1, arm=arm) for name, arm in (("lr-1", "none"), ("lr-2", "fixed"))]
+    assert [v.label for v in load_variants(short)] == ["lr-1", "lr-2"]
+
+
+def test_seeds_that_start_from_base_models_of_their_own_are_one_experiment(tmp_path):
+    def run(arm: str, seed: int, base: str) -> Path:
+        path = write_run(tmp_path / f"{arm}-{seed}-{base}", 1, seed=seed, arm=arm)
+        edit_json(path / "config.json", lambda value: value["config"]["base"].update(reuse=f"runs/{base}/models/base"))
+        return path
+
+    own = [run("none", seed, f"base-{seed}") for seed in (1, 2)]
+    (variant,) = load_variants(own)
+    assert variant.seeds == ("1", "2")
+    assert "base.reuse" not in variant.settings
+    for base in ("base-30", "base-13"):
+        assert len(load_variants([*own, run("none", 3, base)])) == 2
+    assert len(load_variants([own[0], run("none", 2, "other-2")])) == 2
+
+
 def test_the_same_experiment_twice_is_two_columns(tmp_path):
     runs = [write_run(tmp_path / name, 1) for name in "ab"]
     variants = load_variants(runs)
@@ -124,6 +149,30 @@ def test_the_headline_says_what_changed_in_which_direction(study):
     back = compare.headline([variants[1], variants[0]])
     assert f"{100 * (old - new):.1f} points more of the hard tasks" in back
     assert "more response tokens" in back
+
+
+def test_of_many_experiments_the_headline_names_the_best_and_the_worst(tmp_path):
+    arms = ("fixed", "none", "adaptive", "decoupled", "decoupled-fixed")
+    runs = [write_run(tmp_path / arm, 1, arm=arm) for arm in arms]
+    edit_json(
+        runs[3] / "results.json", lambda value: value["models"]["rl"]["auto"]["overall"].update(accuracy=0.987)
+    )
+    variants = load_variants(runs)
+    text = compare.headline(variants)
+    assert text.startswith("Of 5 experiments decoupled solves most of the test mix (98.7%), none least (")
+    assert "fixed, with which the others are compared, solves " in text
+    assert compare.headline(variants[:4]).count("Against fixed, ") == 3
+
+
+def test_a_test_split_without_hard_tasks_has_no_columns_of_dashes(tmp_path):
+    runs = [write_run(tmp_path / arm, 1, arm=arm) for arm in ("none", "fixed")]
+    heads = compare.final_table(load_variants(runs)).columns
+    assert "Solved, hard" in heads
+    for run in runs:
+        edit_json(run / "results.json", lambda value: value["models"]["rl"]["auto"]["bands"].pop("hard"))
+    table = compare.final_table(load_variants(runs))
+    assert table.columns == tuple(head for head in heads if "hard" not in head)
+    assert {len(cells) for _, cells in table.rows} == {len(table.columns)}
 
 
 def test_seeds_of_one_experiment_are_a_mean_with_their_range(study):

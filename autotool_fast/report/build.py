@@ -1,13 +1,14 @@
 """Build report.html of a run folder: one self-contained file that explains the run to a person.
 
 Guarantees: those of `page`; everything that comes from the run is escaped (charts escape their text). A run that
-stopped early gives a shorter report that says what is missing.
+stopped early gives a shorter report that says what is missing; what it was not asked for is not mentioned.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from autotool_fast.alarms import spells
 from autotool_fast.report import figures, settings, tables, times, transcripts
 from autotool_fast.report.load import Run, flatten, load_run
 from autotool_fast.report.page import fill, write_page
@@ -35,26 +36,40 @@ def render(run: Run) -> str:
     """The page as a string."""
     chosen = transcripts.choose(run.transcripts)
     changed, preset_note = settings.preset_table(run)
+    final, premise, trade = tables.final_tables(run), tables.premise_tables(run), figures.trade_figure(run)
+    sft, data = figures.sft_figures(run), tables.data_tables(run)
+    sections = (
+        ("result", "Result", final or run.planned("eval")),
+        ("trade", "Cost", trade.svg),
+        ("premise", "Premise", premise),
+        ("rl", "RL", run.rows("rl") or run.planned("rl")),
+        ("sft", "SFT", sft),
+        ("data", "Data", data),
+        ("time", "Time", True),
+        ("transcripts", "Transcripts", chosen or run.planned("rl", "eval")),
+        ("config", "Configuration", True),
+    )
     return fill(
         "page.html",
         run=run,
+        sections={anchor: title for anchor, title, shown in sections if shown},
         name=run.name,
         facts=_facts(run),
         headline=tables.headline(run),
         tiles=tables.tiles(run),
-        final=tables.final_tables(run),
+        final=final,
         band_note=tables.band_note(run),
         interval_note=tables.interval_note(run),
-        premise=tables.premise_tables(run),
+        premise=premise,
+        alarms=spells(run.rows("rl")),
         curves=figures.rl_figures(run),
         held_out=figures.held_out_figures(run),
         heat=figures.heat_figures(run),
-        trade=figures.trade_figure(run),
+        trade=trade,
         trade_table=tables.mode_table(run),
         diagnostics=figures.diagnostic_figures(run),
-        sft=figures.sft_figures(run),
-        labels=tables.label_table(run),
-        refinement=tables.refine_table(run),
+        sft=sft,
+        data=data,
         timings=times.timings(run),
         profile=times.profile_tables(run),
         transcripts=[transcripts.transcript(row) for row in chosen],

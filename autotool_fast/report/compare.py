@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autotool_fast.report import tables
 from autotool_fast.report.charts import Series, mean, percent, plain, smooth
-from autotool_fast.report.figures import Figure, iso_lines, line_figure, window_of
+from autotool_fast.report.figures import Figure, frontier_note, iso_lines, line_figure, window_of
 from autotool_fast.report.load import STAGE_NAMES, Run, flatten, get
 from autotool_fast.report.page import fill, write_page
 from autotool_fast.report.scatter import Point, scatter
@@ -43,6 +43,8 @@ CURVES = (
     ("Held-out accuracy", "eval/accuracy", "held-out tasks solved (%)", True),
     ("Held-out response length", "eval/tokens", "tokens per task (mean)", False),
 )
+MAX_SENTENCES = 4
+NOT_EVALUATED = "No two of these experiments have been evaluated on the test split yet."
 SFT_STAGES = ("base", "warmup", "distill")
 
 
@@ -133,7 +135,10 @@ def final_table(variants: Sequence[Variant]) -> Table | None:
         rows += _rows(variant, [(lambda run, k=key, b=band: final_value(run, k, b), w) for _, key, band, w in FINAL])
         if variant is not variants[0]:
             rows.append((f"{variant.label} − {variants[0].label}", tuple(_differences(variant, variants[0]))))
-    return Table("", tuple(head for head, *_ in FINAL), tuple(rows), corner="run")
+    # a test split without tasks of a band has nothing to show in its columns
+    kept = [i for i in range(len(FINAL)) if any(cells[i].text != DASH for _, cells in rows)]
+    kept_rows = tuple((label, tuple(cells[i] for i in kept)) for label, cells in rows)
+    return Table("", tuple(FINAL[i][0] for i in kept), kept_rows, corner="run")
 
 
 def _differences(variant: Variant, reference: Variant) -> list[Cell]:
@@ -212,6 +217,8 @@ def headline(variants: Sequence[Variant]) -> str:
             f"{runs} seeds of one experiment: they solve {percent(min(known))} to {percent(max(known))} of the test "
             f"mix, {show(mean(known), percent)} on average."
         )
+    if len(variants) > MAX_SENTENCES:
+        return _span(variants)
     sentences = []
     for variant in others:
         new, old, paired = difference(variant, reference, "accuracy", "overall")
@@ -227,7 +234,24 @@ def headline(variants: Sequence[Variant]) -> str:
             amount = "as many" if abs(ratio) < 0.0005 else f"{percent(abs(ratio))} {'fewer' if ratio < 0 else 'more'}"
             sentence += f", with {amount} response tokens"
         sentences.append(sentence + (f" (mean over {paired} shared seeds)." if paired > 1 else "."))
-    return " ".join(sentences) or "No two of these experiments have been evaluated on the test split yet."
+    return " ".join(sentences) or NOT_EVALUATED
+
+
+def _span(variants: Sequence[Variant]) -> str:
+    """The best and the worst of many experiments, where a sentence for each would be a wall of text."""
+    solved = {v.label: mean([final_value(run, "accuracy", "overall") for run in v.runs]) for v in variants}
+    known = {label: value for label, value in solved.items() if value is not None}
+    if not known:
+        return NOT_EVALUATED
+    best, worst = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
+    text = (
+        f"Of {len(variants)} experiments {best} solves most of the test mix ({percent(known[best])}), "
+        f"{worst} least ({percent(known[worst])})"
+    )
+    reference = variants[0].label
+    if reference in known and reference not in (best, worst):
+        text += f"; {reference}, with which the others are compared, solves {percent(known[reference])}"
+    return text + "."
 
 
 def _points(new: float, old: float) -> str:
@@ -345,5 +369,7 @@ def trade_figure(variants: Sequence[Variant]) -> Figure:
         description="Accuracy against response tokens of every run; the table beside it has the figures",
         legend=(shapes,),
     )
-    caption = "Up and to the left is better. A mark for each run." + (" Grey: lines of equal ACU." if iso else "")
+    caption = f"Up and to the left is better. A mark for each run.{frontier_note(points)}"
+    if iso:
+        caption += " Grey: lines of equal ACU."
     return Figure("Accuracy against response tokens", svg, caption)

@@ -23,7 +23,7 @@ from autotool_fast.report.charts import (
     smooth,
 )
 from autotool_fast.report.load import Row, Run, get, number
-from autotool_fast.report.scatter import IsoLine, Point, scatter
+from autotool_fast.report.scatter import IsoLine, Point, frontier, scatter
 from autotool_fast.report.tables import Cell, Table
 
 STEP = "RL step"
@@ -254,6 +254,7 @@ def diagnostic_figures(run: Run) -> list[Figure]:
             y_label=unit,
             log_y=log,
             as_percent=as_percent,
+            y_range=(0, 1) if as_percent else None,
             height=210,
         )
         if figure.svg is not None:
@@ -277,7 +278,7 @@ def _heat_figure(rows: Sequence[Row], metric: str, name: str) -> Figure:
     shares = metric != "tokens"
     highest = max((v for _, values in columns for v in values if v is not None), default=1.0)
     title = f"{name} by step and difficulty"
-    write = percent if shares else tables.tokens
+    write = percent if shares else plain
     svg = heat_map(
         columns,
         [float(row["step"]) for row in rows],
@@ -338,11 +339,17 @@ def trade_figure(run: Run) -> Figure:
         legend=legend,
     )
     caption = "Up and to the left is better."
+    caption += frontier_note(points)
     if iso:
         caption += f" Grey: lines of equal ACU ({run.acu_unit or 'unit not recorded'})."
     elif ratios:
         caption += " No ACU lines: the models' ACU do not follow from accuracy and tokens by one factor."
     return Figure("Accuracy against response tokens", svg, caption)
+
+
+def frontier_note(points: Sequence[Point]) -> str:
+    """What the dotted stair is, if there is one."""
+    return " Dotted: the frontier, from one unbeaten mark to the next." if len(frontier(points)) > 1 else ""
 
 
 def iso_lines(points: Sequence[Point], ratios: Sequence[float]) -> list[IsoLine]:
@@ -361,7 +368,7 @@ def iso_lines(points: Sequence[Point], ratios: Sequence[float]) -> list[IsoLine]
 
 
 def sft_figures(run: Run) -> list[Figure]:
-    """Training loss of the supervised stages."""
+    """Training loss of the supervised stages; without a chart those that are awaited, none that was not asked for."""
     base = [("base", "base", "c-base")]
     tuned = [("warmup", "warm-up", "c-warmup"), ("distill", "distilled", "c-distilled")]
     figures = []
@@ -377,5 +384,7 @@ def sft_figures(run: Run) -> list[Figure]:
         windows = sorted({window_of(run.rows(stage)) for stage, _, _ in stages if run.rows(stage)})
         caption = " ".join(dict.fromkeys(_smoothing_note(w) for w in windows))
         unit = "loss (nats per trained token)" + (", log scale" if wide else "")
-        figures.append(line_figure(title, series, caption, x_label="SFT step", y_label=unit, log_y=wide))
+        figure = line_figure(title, series, caption, x_label="SFT step", y_label=unit, log_y=wide)
+        if figure.svg is not None or run.awaits(*(stage for stage, _, _ in stages)):
+            figures.append(figure)
     return figures

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,15 @@ class Run:
         """Metric rows of one stage, empty if the run did not reach it."""
         return self.stages.get(stage, [])
 
+    def planned(self, *stages: str) -> bool:
+        """Whether the configuration asks for one of the stages; without a list of stages it asks for all."""
+        wanted = self.config.get("stages")
+        return not isinstance(wanted, list) or any(stage in wanted for stage in stages)
+
+    def awaits(self, *stages: str) -> bool:
+        """Whether one of the stages was asked for and has not finished."""
+        return any(self.planned(stage) and stage not in self.summaries for stage in stages)
+
     def cell(self, model: str, mode: str = "auto", band: str = "overall") -> Row | None:
         """Evaluation figures of one model in one mode, over all tasks or one difficulty band."""
         result = as_dict(as_dict(self.models.get(model)).get(mode))
@@ -110,13 +120,21 @@ def load_run(run_dir: Path) -> Run:
     """Read `run_dir`.
 
     Raises:
-        UserError: not a directory, or it holds none of `RUN_FILES`.
+        UserError: not a folder, one that cannot be listed, or it holds none of `RUN_FILES`.
     """
-    if not run_dir.is_dir():
+    try:
+        names = os.listdir(run_dir)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             "no such run folder", where=str(run_dir), remedy="pass the folder a training run wrote"
-        )
-    if not any((run_dir / name).exists() for name in RUN_FILES):
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"the run folder cannot be read: {error.strerror or error}",
+            where=str(run_dir),
+            remedy="check its permissions",
+        ) from error
+    if not set(RUN_FILES) & set(names):
         raise UserError(
             "not a run folder: it has none of " + ", ".join(RUN_FILES),
             where=str(run_dir),
@@ -124,22 +142,27 @@ def load_run(run_dir: Path) -> Run:
         )
     problems: list[str] = []
     config = _read_json(run_dir / "config.json", problems)
-    results = _read_json(run_dir / "results.json", problems)
+    settings = as_dict(config.get("config"))
+    wanted = settings.get("stages")
+    wanted = list(map(str, wanted)) if isinstance(wanted, list) else list(STAGES)
     metrics = _read_rows(run_dir / "metrics.jsonl", problems)
-    transcripts = _read_rows(run_dir / "transcripts.jsonl", problems)
+    results: dict[str, Any] = {}
+    if "eval" in wanted or "results.json" in names:
+        results = _read_json(run_dir / "results.json", problems)
+    transcripts: list[Row] = []
+    if {"rl", "eval"} & set(wanted) or "transcripts.jsonl" in names:
+        transcripts = _read_rows(run_dir / "transcripts.jsonl", problems)
     stages = _by_stage(metrics)
     summaries = {}
     for stage in STAGES:
-        if (run_dir / "stages" / f"{stage}.json").exists():
+        if _there(run_dir / "stages" / f"{stage}.json"):
             summaries[stage] = _read_json(run_dir / "stages" / f"{stage}.json", problems)
     profile = {}
-    if (run_dir / "profile" / "phases.json").exists():
+    if _there(run_dir / "profile" / "phases.json"):
         profile = _read_json(run_dir / "profile" / "phases.json", problems)
-    settings = as_dict(config.get("config"))
-    wanted = settings.get("stages")
-    open_stages = [s for s in (wanted if isinstance(wanted, list) else STAGES) if s not in summaries]
+    open_stages = [stage for stage in wanted if stage not in summaries]
     if open_stages:
-        problems.append(f"Not finished: {', '.join(STAGE_NAMES.get(str(s), str(s)) for s in open_stages)}.")
+        problems.append(f"Not finished: {', '.join(STAGE_NAMES.get(s, s) for s in open_stages)}.")
     return Run(
         path=run_dir,
         config=settings,
@@ -155,6 +178,14 @@ def load_run(run_dir: Path) -> Run:
         profile=profile,
         problems=problems,
     )
+
+
+def _there(path: Path) -> bool:
+    """Whether a file is there; one that cannot be looked at is, and its reader says why it cannot be read."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
 
 
 def _by_stage(rows: list[Row]) -> dict[str, list[Row]]:

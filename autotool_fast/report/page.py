@@ -53,7 +53,7 @@ def write_page(path: Path, page: str) -> Path:
         raise UserError(
             f"cannot write the report: {error.strerror or error}",
             where=str(path),
-            remedy="check that the folder exists, its permissions and its free space",
+            remedy="check the folder, its permissions and its free space, or choose another file with --out",
         ) from error
     return path
 

@@ -6,6 +6,8 @@ out: its mark keeps its tooltip.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,6 +25,9 @@ from autotool_fast.report.charts import (
     percent,
     short,
 )
+
+MARK = 7.0
+"""Marks nearer than this, in user units, hide each other."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,15 @@ def _mark(shape: str, x: float, y: float, css: str, tip: str = "") -> str:
     return f'<path class="{css}" d="{d}">{title}</path>'
 
 
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Points that no other beats, from left to right: none has at most their x and more than their y."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x, -p.y)):
+        if not best or point.y > best[-1].y:
+            best.append(point)
+    return best
+
+
 def scatter(
     points: Sequence[Point],
     iso_lines: Sequence[IsoLine],
@@ -69,7 +83,8 @@ def scatter(
 ) -> str | None:
     """Shares in [0, 1] (y) against a positive quantity (x); None without points.
 
-    The x axis starts at 0, or is logarithmic when the data span more than a factor of 12.
+    The x axis starts at 0, or is logarithmic when the data span more than a factor of 12. A dotted stair joins the
+    `frontier`; the tooltip of a mark also says what lies beneath it.
 
     Args:
         iso_lines: lines through the origin, labelled where they leave the plot.
@@ -91,13 +106,24 @@ def scatter(
     parts = _draw_legend(legend)
     parts += frame.axes(x_ticks, [0, 0.2, 0.4, 0.6, 0.8, 1], x_label, y_label, percent)
     boxes = [(frame.x(p.x) - 7, frame.y(p.y) - 7, frame.x(p.x) + 7, frame.y(p.y) + 7) for p in points]
+    boxes.append((frame.left, frame.top - 22, frame.left + TEXT * len(y_label), frame.top - 4))
+    best = frontier(points)
+    if len(best) > 1:
+        stair = "".join(f"H{short(frame.x(p.x))}V{short(frame.y(p.y))}" for p in best[1:])
+        parts.append(f'<path class="frontier" d="M{short(frame.x(best[0].x))} {short(frame.y(best[0].y))}{stair}"/>')
+        for p, q in itertools.pairwise(best):
+            corner, foot, head = frame.x(q.x), frame.y(p.y), frame.y(q.y)
+            boxes += [(frame.x(p.x), foot - 2, corner, foot + 2), (corner - 2, head, corner + 2, foot)]
+    labels = [_place_label(frame, p, boxes) for p in sorted(points, key=lambda p: p.x) if p.label]
     parts += [_draw_iso(frame, line, boxes) for line in iso_lines]
     for p in points:
-        parts.append(_mark(p.shape, frame.x(p.x), frame.y(p.y), f"hit mark {p.colour}", p.tip))
-    for p in sorted(points, key=lambda p: p.x):
-        if p.label:
-            parts.append(_place_label(frame, p, boxes))
-    return draw_svg(height, description, parts)
+        near = [q.tip for q in points if _distance(frame, p, q) < MARK]
+        parts.append(_mark(p.shape, frame.x(p.x), frame.y(p.y), f"hit mark {p.colour}", "\n".join(near)))
+    return draw_svg(height, description, [*parts, *labels])
+
+
+def _distance(frame: Frame, p: Point, q: Point) -> float:
+    return math.hypot(frame.x(p.x) - frame.x(q.x), frame.y(p.y) - frame.y(q.y))
 
 
 def _draw_legend(rows: Sequence[Sequence[tuple[str, str, str]]]) -> list[str]:

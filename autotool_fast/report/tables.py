@@ -16,7 +16,6 @@ from autotool_fast.report.load import STAGE_NAMES, STAGES, Row, Run, as_dict, ge
 from autotool_fast.tasks.world import BANDS
 
 DASH = "–"
-SCOPES = ("overall", *BANDS)
 MODES = ("auto", "think", "no_think")
 MODEL_NAMES = {"base": "Base", "distilled": "Distilled", "warmup": "Warm-up", "rl": "RL"}
 RECENT = 10
@@ -106,22 +105,50 @@ def headline(run: Run) -> str:
     rl = run.cell("rl")
     if rl is None:
         return _unfinished_headline(run)
+    hardest, easiest = _extreme_bands(run)
+    ends = dict.fromkeys((hardest, easiest))
+    thinks = " and ".join(f"{_share(run, 'rl', 'think_rate', scope)} of the{_kind(scope)}" for scope in ends)
     text = (
-        f"In auto mode the RL model thinks on {_share(run, 'rl', 'think_rate', 'hard')} of the hard and "
-        f"{_share(run, 'rl', 'think_rate', 'easy')} of the easy test tasks, solves "
-        f"{_share(run, 'rl', 'accuracy')} of the test mix and writes {show(get(rl, 'tokens'), tokens)} "
-        "response tokens per task."
+        f"In auto mode the RL model thinks on {thinks} test tasks, solves {_share(run, 'rl', 'accuracy')} of the "
+        f"test mix and writes {show(get(rl, 'tokens'), tokens)} response tokens per task."
     )
-    reference = run.cell("distilled")
+    reference = reference_model(run)
     if reference is None:
-        return text + " There is no always-think (distilled) model to compare it with."
-    return text + (
-        f" The always-think (distilled) model solves {_share(run, 'distilled', 'accuracy')} with "
-        f"{show(get(reference, 'tokens'), tokens)} tokens: the RL model uses "
-        f"{_relative(get(rl, 'tokens'), get(reference, 'tokens'))}, and solves "
-        f"{_share(run, 'rl', 'accuracy', 'hard')} of the hard tasks against "
-        f"{_share(run, 'distilled', 'accuracy', 'hard')}."
+        return text + " There is no other model to compare it with."
+    length = get(run.cell(reference), "tokens")
+    name = "always-think (distilled)" if reference == "distilled" else MODEL_NAMES[reference].lower()
+    text += (
+        f" {'The' if reference == 'distilled' else 'Before RL, the'} {name} model solves "
+        f"{_share(run, reference, 'accuracy')} with {show(length, tokens)} tokens: the RL model uses "
+        f"{_relative(get(rl, 'tokens'), length)}"
     )
+    if hardest == "overall":
+        return text + "."
+    return text + (
+        f", and solves {_share(run, 'rl', 'accuracy', hardest)} of the{_kind(hardest)} tasks against "
+        f"{_share(run, reference, 'accuracy', hardest)}."
+    )
+
+
+def reference_model(run: Run) -> str | None:
+    """What RL is compared with: the always-think model, else the one it began with; None without either."""
+    return next((m for m in ("distilled", "warmup", "base") if run.cell(m) is not None), None)
+
+
+def scopes(run: Run) -> list[str]:
+    """"overall" and the bands that the test split has tasks of."""
+    models = model_order(run)
+    return ["overall", *(band for band in BANDS if any(run.cell(m, "auto", band) for m in models))]
+
+
+def _extreme_bands(run: Run) -> tuple[str, str]:
+    """The hardest and the easiest band of the test split, "overall" for both without any."""
+    bands = [band for band in scopes(run) if run.cell("rl", "auto", band)]
+    return bands[-1], bands[min(1, len(bands) - 1)]
+
+
+def _kind(scope: str) -> str:
+    return "" if scope == "overall" else f" {scope}"
 
 
 def _share(run: Run, model: str, key: str, band: str = "overall") -> str:
@@ -154,9 +181,10 @@ def _unfinished_headline(run: Run) -> str:
 
     planned = run.setting("rl.steps")
     of = f" of {planned}" if isinstance(planned, int) else ""
+    over = f"Over its last {len(recent)} steps" if len(recent) > 1 else "In that step"
     return (
         f"RL is at step {plain(float(rows[-1]['step']))}{of} and has not been evaluated on the test split. "
-        f"Over its last {len(recent)} steps it thinks on {last('think_rate/hard')} of the hard and "
+        f"{over} it thinks on {last('think_rate/hard')} of the hard and "
         f"{last('think_rate/easy')} of the easy training tasks, solves {last('acc/all')} and writes "
         f"{last('tokens/response', tokens)} response tokens per task."
     )
@@ -167,19 +195,23 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     if run.cell("rl") is None:
         return []
 
-    def tile(
-        label: str, key: str, band: str, write: Callable[[float], str], note: str = ""
-    ) -> tuple[str, str, str]:
-        value = get(run.cell("rl", "auto", band), key)
-        reference = get(run.cell("distilled", "auto", band), key)
-        against = f"distilled {write(reference)}" if reference is not None else "no distilled model"
-        return label, show(value, write), against + note
+    reference = reference_model(run)
+    hardest, easiest = _extreme_bands(run)
 
+    def tile(label: str, key: str, band: str, write: Callable[[float], str]) -> tuple[str, str, str]:
+        value = get(run.cell("rl", "auto", band), key)
+        before = get(run.cell(reference, "auto", band), key) if reference else None
+        against = "" if before is None else f"{model_name(reference).lower()} {write(before)}"
+        return label, show(value, write), against
+
+    found = [tile("Accuracy", "accuracy", "overall", rate)]
+    if hardest != "overall":
+        found.append(tile(f"Accuracy, {hardest}", "accuracy", hardest, rate))
+        found.append(tile(f"Thinks on {hardest}", "think_rate", hardest, rate))
+    if easiest != hardest:
+        found.append(tile(f"Thinks on {easiest}", "think_rate", easiest, rate))
     return [
-        tile("Accuracy", "accuracy", "overall", rate),
-        tile("Accuracy, hard", "accuracy", "hard", rate),
-        tile("Thinks on hard", "think_rate", "hard", rate),
-        tile("Thinks on easy", "think_rate", "easy", rate),
+        *found,
         tile("Response tokens", "tokens", "overall", tokens),
         tile("ACU", "acu", "overall", significant),
     ]
@@ -205,7 +237,7 @@ def _measure_table(
     rows = []
     for model in models:
         cells = []
-        for band in SCOPES:
+        for band in scopes(run):
             cell = run.cell(model, "auto", band)
             value, n = get(cell, key), get(cell, "n")
             tip = f"n = {plain(n)}" if n else ""
@@ -216,11 +248,12 @@ def _measure_table(
         rows.append((model_name(model), tuple(cells)))
     if "rl" in models and "distilled" in models:
         changes = []
-        for band in SCOPES:
+        for band in scopes(run):
             new, old = (get(run.cell(m, "auto", band), key) for m in ("rl", "distilled"))
             changes.append(Cell(change(new, old, key)))
         rows.append(("RL − distilled", tuple(changes)))
-    return Table(title, ("All", "Easy", "Medium", "Hard"), tuple(rows), note, emphasis=model_name("rl"))
+    columns = tuple("All" if scope == "overall" else scope.capitalize() for scope in scopes(run))
+    return Table(title, columns, tuple(rows), note, emphasis=model_name("rl"))
 
 
 def mode_table(run: Run) -> Table | None:
@@ -254,7 +287,7 @@ def interval_note(run: Run) -> str:
     """How wide the accuracy intervals of the final table are at most, overall and in one band."""
     widths: dict[bool, list[float]] = {True: [], False: []}
     for model in model_order(run):
-        for band in SCOPES:
+        for band in scopes(run):
             cell = run.cell(model, "auto", band)
             p, n = get(cell, "accuracy"), get(cell, "n")
             if p is not None and n and 0 <= p <= 1:
@@ -274,10 +307,16 @@ def band_note(run: Run) -> str:
         name: f"k = {low}" if low == high else f"k = {low} to {high}" for name, (low, high) in BANDS.items()
     }
     limits["hard"] = f"k ≥ {BANDS['hard'][0]}"
-    text = ", ".join(f"{name}: {limit}" for name, limit in limits.items()) + "."
-    if run.easy_share is not None:
+    text = ", ".join(f"{name}: {limit}" for name, limit in limits.items() if name in scopes(run))
+    text = f"{text.capitalize()}." if text else ""
+    if run.easy_share is not None and not _own_problems(run):
         text += f" All: the test mix, {percent(run.easy_share)} of it from families that need no steps."
-    return text[0].upper() + text[1:]
+    return text.strip()
+
+
+def _own_problems(run: Run) -> bool:
+    """Whether the problems are data or an environment; the share of easy families then says nothing."""
+    return bool(run.setting("data.path")) or run.setting("environment.kind") not in (None, "none")
 
 
 def premise_tables(run: Run) -> list[Table]:
@@ -342,6 +381,12 @@ REFINE_ROWS = (
     ("kept", "kept"),
     ("kept_constant", "kept, constant reward"),
 )
+
+
+def data_tables(run: Run) -> list[tuple[str, Table | None]]:
+    """(title, table) of labelling and refinement; None while the stage is awaited, left out if it was not asked for."""
+    found = (("Labels", "label", label_table(run)), ("Refinement", "refine", refine_table(run)))
+    return [(title, table) for title, stage, table in found if table is not None or run.awaits(stage)]
 
 
 def label_table(run: Run) -> Table | None:

@@ -1,13 +1,15 @@
 """Runs side by side: which of them are the same experiment under several seeds, and what to call them.
 
-A variant is a set of runs whose settings differ in the seed alone, each seed once. Where a seed comes twice, or a run
-has no configuration, every run stands for itself.
+A variant is a set of runs whose settings differ in the seed alone, and in base models named after it, each seed once.
+Where a seed comes twice, or a run has no configuration, every run stands for itself.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from autotool_fast.errors import UserError
@@ -16,6 +18,7 @@ from autotool_fast.report.settings import leaves
 
 MAX_VARIANTS = 8
 MAX_LABEL = 18
+REUSE = "base.reuse"
 PLAIN = ("arm", "start", "preset")
 
 
@@ -73,7 +76,9 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
     found: dict[object, list[Run]] = {}
     for run in runs:
         own = leaves(run.config)
-        own.pop("seed", None)
+        seed = own.pop("seed", "")
+        if seed and REUSE in own:
+            own[REUSE] = re.sub(rf"(?<!\d){re.escape(seed)}(?!\d)", "SEED", own[REUSE])
         found.setdefault(tuple(sorted(own.items())) or id(run), []).append(run)
     if any(len({_seed(run) for run in group}) < len(group) for group in found.values()):
         return [[run] for run in runs]
@@ -81,10 +86,8 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _shared(group: Sequence[Run]) -> dict[str, str]:
-    settings = leaves(group[0].config)
-    if len(group) > 1:
-        settings.pop("seed", None)
-    return settings
+    first, *others = (leaves(run.config) for run in group)
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def _run_names(runs: Sequence[Run]) -> list[str]:
@@ -103,12 +106,29 @@ def _labels(groups: Sequence[Sequence[Run]], shared: Sequence[dict[str, str]], n
         differing = [key for key in keys if len({settings.get(key) for settings in shared}) > 1]
         if 1 <= len(differing) <= 2:
             labels = [", ".join(_setting(key, settings.get(key, "–")) for key in differing) for settings in shared]
+    labels = _trim(labels)
     short = [_cut(label) for label in labels]
     return [label if short.count(label) == 1 else f"{_cut(label, 4)} ({i})" for i, label in enumerate(short, start=1)]
 
 
 def _setting(key: str, value: str) -> str:
     return value if key in PLAIN else f"{key.rpartition('.')[2]} {value}"
+
+
+def _trim(labels: list[str]) -> list[str]:
+    """Labels too long for a chart without the words that all of them begin or end with."""
+    if len(labels) < 2 or max(map(len, labels)) <= MAX_LABEL:
+        return labels
+    rest = ["".join(words) for words in _without_start([re.split(r"(?<=[\W_])", label) for label in labels])]
+    ends = _without_start([re.split(r"(?=[\W_])", label)[::-1] for label in rest])
+    trimmed = ["".join(words[::-1]) for words in ends]
+    return trimmed if all(trimmed) else labels
+
+
+def _without_start(lists: list[list[str]]) -> list[list[str]]:
+    """The lists without the words that all of them begin with."""
+    shared = len(list(takewhile(lambda words: len(set(words)) == 1, zip(*lists, strict=False))))
+    return [words[shared:] for words in lists]
 
 
 def _cut(label: str, less: int = 0) -> str:
