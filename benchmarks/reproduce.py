@@ -31,7 +31,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from autotool_fast import files
+from autotool_fast import alarms, files
+from autotool_fast.config import AlarmsConfig
 from autotool_fast.controller import ARMS
 from autotool_fast.metrics import read_rows
 from benchmarks import study
@@ -131,6 +132,15 @@ def _known(reduce: Callable[[np.ndarray], float], values: np.ndarray) -> float |
     return None if np.isnan(values).all() else float(reduce(values))
 
 
+def alarmed(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Alarms that the trainer's limits raise at some step."""
+    watch, seen = alarms.Watch(), set()
+    for row in rows:
+        watch, begun, _ = alarms.advance(watch, row, AlarmsConfig())
+        seen.update(begun)
+    return sorted(seen)
+
+
 def measure(run: Path) -> dict[str, Any]:
     """The figures of a finished unit: its course over the RL steps, and its evaluation."""
     rows = [row for row in read_rows(run / "metrics.jsonl") if row["stage"] == "rl"]
@@ -154,6 +164,7 @@ def measure(run: Path) -> dict[str, Any]:
         "acc_hard_area": _known(np.nanmean, np.array([row.get("acc/hard") for row in rows], float)),
         "beta_peak": max(beta),
         "beta_final": beta[-1],
+        "alarms": alarmed(rows),
         "eval": {
             "accuracy": auto["overall"]["accuracy"],
             "tokens": auto["overall"]["tokens"],

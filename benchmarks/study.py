@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autotool_fast import files
+from autotool_fast.alarms import NAMES
 from autotool_fast.controller import ARMS
 
 Result = dict[str, Any]
@@ -132,6 +133,19 @@ def differences(rows: Sequence[tuple[str, Sequence[Result], Sequence[Result]]]) 
     return "\n".join(lines)
 
 
+def alarm_table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
+    """In how many runs of each variant each alarm was raised."""
+    names = [name for name in NAMES if any(name in r["alarms"] for _, members in rows for r in members)]
+    lines = [
+        "| | runs | none | " + " | ".join(NAMES[name] for name in names) + " |",
+        "|---|" + "---:|" * (len(names) + 2),
+    ]
+    for title, members in rows:
+        counts = [sum(not r["alarms"] for r in members), *(sum(name in r["alarms"] for r in members) for name in names)]
+        lines.append(f"| {title} | {len(members)} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines)
+
+
 def document(results: Sequence[Result]) -> str:
     """The study's tables as Markdown."""
     groups = by_variant(results)
@@ -172,6 +186,9 @@ def document(results: Sequence[Result]) -> str:
         used = {name.partition(" ")[0] for name, _ in changed}
         plain = [(name, groups[name]) for name in groups if name in used]
         lines += ["", "## Variants", "", table(sorted([*plain, *changed]))]
+    rows = [(f"{start}/{arm}", groups.get(f"{start}/{arm}", [])) for start in STARTS for arm in ARMS]
+    lines += ["", "## Alarms", "", "Runs in which an [alarm](metrics.md#alarms) was raised, and those without any.", ""]
+    lines.append(alarm_table([(name, members) for name, members in rows if members]))
     return "\n".join(lines) + "\n"
 
 

@@ -76,6 +76,13 @@ def test_a_finished_unit_is_measured(tmp_path):
     json.dumps(figures, allow_nan=False)
 
 
+def test_alarms_that_a_run_would_raise_are_measured():
+    steady = [{"step": step, "entropy/all": 0.3, "acc/all": 0.5} for step in range(1, 61)]
+    faded = [{"step": step, "entropy/all": 1e-6, "acc/all": 0.5} for step in range(61, 121)]
+    assert reproduce.alarmed(steady) == []
+    assert reproduce.alarmed(steady + faded) == ["entropy_collapse"]
+
+
 def fake_trainer(monkeypatch, fail: str = "", interrupt: str = ""):
     """Runs of the trainer replaced by folders as it would leave them; returns the commands."""
     commands, one_at_a_time = [], threading.Lock()
@@ -198,6 +205,7 @@ def test_the_document_has_every_arm_and_its_differences(monkeypatch, tmp_path, c
     assert len(rows) == 3
     assert rows[0].split("|")[2:4] == [" 3 ", " +10.0 ± 0.0 "]
     assert "| with refinement - without | 3 | +0.0 ± 0.0 |" in text
+    assert "| cold/none | 3 | 3 |" in text.partition("## Alarms")[2]
     assert (tmp_path / "docs" / "images" / "study_courses.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "docs" / "images" / "study_frontier.png").read_bytes().startswith(b"\x89PNG")
 
