@@ -100,7 +100,7 @@ def continued(argv: list[str], out: Path, stops: list[tuple[str, int]]) -> None:
     assert main([*argv, "--out", str(out), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("preset", ["mini", "mini-full"])
+@pytest.mark.parametrize("preset", ["mini", "mini-full", "smoke"])
 def test_every_stage_of_a_preset_goes_on_after_sigterm_as_if_nothing_had_been(trained, tmp_path, preset):
     path = tmp_path / "small.toml"
     path.write_text(SMALL.format(preset=preset, reuse=f'reuse = "{trained}"'))
