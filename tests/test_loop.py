@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -132,6 +133,16 @@ def test_a_stopped_and_resumed_stage_equals_one_that_was_not_stopped(tmp_path, r
     assert resumed.state.extra["seen"] == list(range(8))
     assert same(weights(resumed.state.model), weights(reference.state.model))
     assert rows(tmp_path / "run") == rows(tmp_path / "reference")
+
+
+def test_the_time_a_stage_took_before_a_stop_counts(tmp_path):
+    with pytest.raises(Interrupted):
+        Training(stop_at=1).run(tmp_path / "run", after=lambda done: time.sleep(0.2) or {})
+    Training().run(tmp_path / "run", resume=True)
+    seconds = [row["seconds"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert len(seconds) == 8
+    assert seconds == sorted(seconds)
+    assert seconds[2] > 0.4  # two steps took that long before the stop
 
 
 def test_a_stop_during_the_last_step_leaves_the_finished_stage_to_its_caller(tmp_path, reference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from eval_stand_ins import STAND_INS
 from small_rl import options, when
 from small_runs import tensors_of
+from test_faults_kill import assert_is, save
 
 from autotool_fast import checkpoint, files
 from autotool_fast.errors import UserError
@@ -109,6 +111,43 @@ def test_a_disk_that_runs_full_ends_the_run_and_freeing_space_continues_it(whole
         (disk / "filler").unlink()
         assert main([*argv, "--resume"]) == 0
         assert_same(disk / "run", whole)
+
+
+def test_a_disk_that_is_full_at_any_point_of_a_save_leaves_the_checkpoint_before(tmp_path):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
+        folder = disk / "checkpoints"
+        save(folder, 1)
+        refused, room = 0, 0
+        while room < 40:
+            (disk / "filler").write_bytes(bytes(_free(disk) - room * 4096))
+            try:
+                save(folder, 2)
+                break
+            except UserError as error:
+                assert error.what == "cannot be written (No space left on device)"
+                assert error.where == str(folder / "step-00000002")
+            assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+            assert_is(checkpoint.latest(folder), 1)
+            (disk / "filler").unlink()
+            refused, room = refused + 1, room + 1
+        assert refused >= 8  # pages of eight files and more
+        assert_is(checkpoint.latest(folder), 2)
+
+
+def _free(disk: Path) -> int:
+    return os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
+
+
+def test_a_tokenizer_that_cannot_be_written_is_one_line_like_everything_else(tmp_path):
+    """Its library reports a full disk by a bare Exception."""
+    save(tmp_path, 1)
+    model = tmp_path / "step-00000001" / "model"
+    weights, tokenizer = ((model / name).stat().st_size for name in ("model.safetensors", "tokenizer.json"))
+    assert weights < tokenizer
+    with largest_file((weights + tokenizer) // 2), pytest.raises(UserError) as caught:
+        save(tmp_path, 2)
+    assert caught.value.what == "cannot be written (File too large)"
+    assert_is(checkpoint.latest(tmp_path), 1)
 
 
 @pytest.mark.slow
