@@ -13,7 +13,7 @@ import pytest
 import torch
 from scripted_rl import LONG, MIXED, TASKS, Setting
 from small_rl import options
-from small_runs import PRESET, ctrl_c_at, tensors_of
+from small_runs import ctrl_c_at, tensors_of
 from test_distributed import ROOT
 from test_loop import rows, same
 
@@ -72,15 +72,6 @@ slots = 12
 per_cell = 1
 interim_per_cell = 1
 """
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A base model that solves some easy tasks in both modes."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "base.toml").write_text(PRESET)
-    assert main(["--preset", str(folder / "base.toml"), "--stages", "base", "--out", str(folder / "run")]) == 0
-    return folder / "run" / "models" / "base"
 
 
 def files_of(run: Path) -> dict[str, object]:
