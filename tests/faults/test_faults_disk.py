@@ -15,6 +15,7 @@ from eval_stand_ins import STAND_INS
 from small_rl import options, when
 from small_runs import tensors_of
 from test_faults_kill import assert_is, save
+from test_faults_resume import SMALL, files_of
 
 from autotool_fast import checkpoint, files
 from autotool_fast.errors import UserError
@@ -111,6 +112,31 @@ def test_a_disk_that_runs_full_ends_the_run_and_freeing_space_continues_it(whole
         (disk / "filler").unlink()
         assert main([*argv, "--resume"]) == 0
         assert_same(disk / "run", whole)
+
+
+FULL_AT = [("label", 2), ("label", 48), ("warmup", 6), ("distill", 6), ("refine", 3), ("refine", 6)]
+FULL_AT += [("rl", 1), ("rl", 4), ("rl", 6), ("eval", 1), ("eval", 4)]
+
+
+@pytest.mark.slow
+def test_a_disk_that_runs_full_in_every_stage_changes_nothing_in_the_end(trained, tmp_path, capsys):
+    (tmp_path / "small.toml").write_text(SMALL.format(preset="mini", reuse=f'reuse = "{trained}"'))
+    argv = ["--preset", str(tmp_path / "small.toml")]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    named = set()
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=16m", "tmpfs") as disk:
+        argv += ["--out", str(disk / "run")]
+        for number, (stage, step) in enumerate(FULL_AT):
+            with when(stage, step, lambda: fill(disk)):
+                assert main([*argv, *(["--resume"] if number else [])]) == 2
+            line = last_line(capsys)
+            assert "(No space left on device); free some space" in line
+            named.add(line.removeprefix(f"error: {disk / 'run'}/").partition(":")[0])
+            (disk / "filler").unlink()
+        assert main([*argv, "--resume"]) == 0
+        assert files_of(disk / "run") == files_of(tmp_path / "whole")
+    assert named >= {"label.partial.jsonl", "labels.jsonl", "refined.json", "transcripts.jsonl", "results.json"}
+    assert named >= {"models/warmup", "models/distilled", "models/rl"}
 
 
 def test_a_disk_that_is_full_at_any_point_of_a_save_leaves_the_checkpoint_before(tmp_path):

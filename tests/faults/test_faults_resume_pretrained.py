@@ -124,14 +124,14 @@ STOPS = {"label": 1, "warmup": 2, "distill": 2, "refine": 3, "rl": 2, "eval": 2}
     ("preset", "model", "stages", "more"),
     [
         ("qwen2.5-7b", "warm/models/warmup", [*STOPS], []),  # bfloat16 with float32 copies, activations computed again
-        ("qwen2.5-1.5b", "warm/models/warmup", ["label", "warmup", "refine", "rl"], ["--lora.rank", "2"]),
+        ("qwen2.5-1.5b", "warm/models/warmup", ["label", "warmup", "rl"], ["--lora.rank", "2", "--refine.no-enabled"]),
         (
             "qwen2.5-7b-bfcl",
             "warm/models/warmup",
             ["refine", "rl"],
             ["--start", "cold", "--environment.path", "house", "--rollout.max-turns", "6"],
         ),
-        ("qwen3-0.6b", "thinker", [*STOPS], []),
+        ("qwen3-0.6b", "thinker", ["label", "warmup", "refine", "rl"], []),
     ],
     ids=["7b", "1.5b with adapters", "7b on simulators", "qwen3"],
 )
