@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust name an error of the system; tokenizers raises it as a bare Exception."""
 

@@ -1,4 +1,4 @@
-"""Losses, log-probs and gradients that are not finite, in every stage that trains: skipped, kept, and at last the end."""
+"""What is not finite, in every stage that trains: the step is skipped, its batch kept, three in a row are the end."""
 
 from __future__ import annotations
 
