@@ -26,6 +26,21 @@ NAMES = {
     "truncation": "truncated responses",
     "mismatch": "sampler and trainer disagree",
 }
+ADVICE = {
+    "entropy_explosion": "the entropy bonus outweighs the reward, or the rate is too high; "
+    "lower rl.beta_max, rl.target_long or rl.lr",
+    "entropy_collapse": "samples of a prompt become the same, usual for --arm none; "
+    "take --arm decoupled or raise rl.target_long, unless everything is solved",
+    "reward_hacking": "the reward pays for something else than solving; "
+    "look at think_rate and the transcripts, raise rl.correct_long or lower rl.wrong_short",
+    "format_loss": "the rate is too high, the warm-up too short, or replies are cut off; "
+    "lower rl.lr or raise warmup.steps",
+    "truncation": "budgets cut replies off, which then count as wrong; raise rollout.max_new_tokens, "
+    "rollout.max_turn_tokens or rollout.deadline_s, look for loops in the transcripts",
+    "mismatch": "rollouts have other weights, precision or kernels than the update; "
+    "check the server and model.dtype, or set rl.old_logp to trainer",
+}
+"""Why an alarm usually begins, and what to do."""
 WATCHED = ("entropy/all", "acc/all", "reward/mean", "malformed", "truncated", "mismatch/mean")
 
 
@@ -125,7 +140,8 @@ class Monitor:
             return {}
         self._watch, begun, ended = advance(self._watch, metrics, self._config)
         for name, text in begun.items():
-            self._say(f"alarm: {NAMES[name]} at step {step}: {text} (last {self._config.window} steps)")
+            seen = f"alarm: {NAMES[name]} at step {step}: {text} (last {self._config.window} steps)"
+            self._say(f"{seen}; {ADVICE[name]}")
         for name in ended:
             self._say(f"alarm over: {NAMES[name]}, at step {step}")
         return {PREFIX + name: 1 for name in self._watch.on}

@@ -304,6 +304,17 @@ def restore_rng(tensors: Mapping[str, torch.Tensor]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
+def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a Hugging Face folder: configuration, weights and tokenizer.
+
+    Raises:
+        OSError: the disk refuses the write.
+    """
+    with no_progress_bars(), files.naming(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing its own bars over the run's progress display."""
@@ -338,19 +349,17 @@ def _write_contents(
 ) -> None:
     from safetensors.torch import save_file
 
-    with no_progress_bars():
-        model.save_pretrained(folder / MODEL)
-        tokenizer.save_pretrained(folder / MODEL)
-    # Cloned, because safetensors refuses tensors that share memory.
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / TENSORS)
+    write_model(folder / MODEL, model, tokenizer)
+    with files.naming(folder / TENSORS):
+        # Cloned, because safetensors refuses tensors that share memory.
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / TENSORS)
     (folder / STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     recorded = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in written
     }
-    for path in [*written, *(path for path in folder.rglob("*") if path.is_dir())]:
-        files.sync(path)
+    files.sync_tree(folder)
     files.write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": recorded})
 
 

@@ -1,9 +1,9 @@
 """The loop under every training stage: steps, metrics, checkpoints, interruption.
 
-Guarantees: Ctrl-C and SIGTERM take effect between two steps, after a checkpoint; a resumed stage continues from its
-newest verified checkpoint as if it had not stopped; one whose step fails (a server that stopped answering) saves the
-steps before it; a step whose loss or gradient is not finite changes nothing, its batch is kept, and three in a row end
-the run. What a step does, and saving the finished model, is the stage's business.
+Guarantees: Ctrl-C, SIGTERM and SIGHUP take effect between two steps, after a checkpoint; a resumed stage continues from
+its newest verified checkpoint as if it had not stopped; one whose step fails (a server that stopped answering) saves
+the steps before it; a step whose loss or gradient is not finite changes nothing, its batch is kept, and three in a row
+end the run. What a step does, and saving the finished model, is the stage's business.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BETAS = (0.9, 0.95)
 
 
 class StopFlag:
-    """Turns Ctrl-C and SIGTERM into a flag that loops read between steps; a second signal interrupts at once."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a flag that loops read between steps; a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -52,12 +52,14 @@ class StopFlag:
 
     @property
     def exit_code(self) -> int:
-        """What a process that was stopped by it exits with: 130, or 143 after SIGTERM."""
+        """What a process that was stopped by it exits with: 130, or 143 after SIGTERM, 129 after SIGHUP."""
         return 128 + (self.signal or signal.SIGINT)
 
     @contextmanager
     def installed(self, notify: Callable[[str], None]) -> Iterator[StopFlag]:
-        """Handle SIGINT and SIGTERM inside the block; the earlier handlers come back after it.
+        """Handle SIGINT, SIGTERM and SIGHUP inside the block; the earlier handlers come back after it.
+
+        SIGHUP, a terminal that goes away, stays ignored where it was (nohup).
 
         Raises:
             KeyboardInterrupt: for a second signal, whose number is its argument.
@@ -65,8 +67,8 @@ class StopFlag:
 
         def handle(signum: int, frame: object) -> None:
             if self.requested:
-                if signum == signal.SIGTERM and distributed.world() > 1:
-                    return  # a scheduler tells the ranks, and torchrun tells them again
+                if signum == signal.SIGHUP or (signum == signal.SIGTERM and distributed.world() > 1):
+                    return  # a shell and the terminal both tell; a scheduler tells the ranks, and so does torchrun
                 raise KeyboardInterrupt(signum)
             self.signal = signum
             told, again = ("", "press Ctrl-C again") if signum == signal.SIGINT else ("told to end: ", "signal again")
@@ -74,7 +76,10 @@ class StopFlag:
             with suppress(RuntimeError):
                 notify(f"{told}stopping at the next safe point; {again} to stop at once")
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield self
         finally:

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
@@ -193,6 +193,8 @@ def phase(name: str) -> AbstractContextManager[None]:
 class Progress:
     """Shows how far a stage is: a live line on a terminal, plain lines elsewhere.
 
+    A terminal that is gone, or a pipe that nobody reads any more, costs the lines and not the run.
+
     Plain lines come one per step in stages started with `every_step`, else at most once per `interval` seconds, the
     first and the last step always among them.
 
@@ -252,10 +254,11 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
-        if self._live:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self._stream, flush=True)
+        with suppress(OSError):
+            if self._live:
+                self._live.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, file=self._stream, flush=True)
 
     def finish(self) -> None:
         """End the stage; its last step is shown if it was not yet."""
@@ -266,7 +269,8 @@ class Progress:
 
     def _print_pending(self) -> None:
         if self._pending is not None:
-            print(self._pending, file=self._stream, flush=True)
+            with suppress(OSError):
+                print(self._pending, file=self._stream, flush=True)
             self._pending, self._shown_at = None, self._clock()
 
     def __enter__(self) -> Progress:
@@ -275,7 +279,8 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.finish()
         if self._live:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
 
 def _clock_time(seconds: float) -> str:

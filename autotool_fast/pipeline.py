@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from autotool_fast import adapters, distributed, memory
+from autotool_fast import adapters, distributed, files, memory
 from autotool_fast.attention import select
 from autotool_fast.chat import MODES, ChatFormat, chat_format
-from autotool_fast.checkpoint import no_progress_bars
+from autotool_fast.checkpoint import no_progress_bars, write_model
 from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
 from autotool_fast.errors import UserError, cannot_write
@@ -133,11 +133,11 @@ class Pipeline:
         beside = folder.with_name(f".{name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            with no_progress_bars():
-                model.save_pretrained(beside)
-                self.tokenizer.save_pretrained(beside)
+            write_model(beside, model, self.tokenizer)
+            files.sync_tree(beside)
             shutil.rmtree(folder, ignore_errors=True)
             beside.rename(folder)
+            files.sync(folder.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise cannot_write(error, folder) from error

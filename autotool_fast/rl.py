@@ -285,7 +285,7 @@ class PolicyTrainer:
             mismatch.append((gap, reused))
         parts, stats, loss_sum, gaps = _joined(parts, stats, loss_sum, mismatch)
         with self.timer.phase("optimizer"):
-            measured = (loss_sum, *astuple(stats))
+            measured = (loss_sum, *astuple(stats), gaps["mismatch/mean"])
             rl, done = self.config.rl, step if updates is None else updates
             scale = trapezoid(done, rl.steps, rl.warmup_steps, rl.decay)
             norm, finite = self.state.optimizers.step(self.config.rl.grad_clip, scale, measured=measured)

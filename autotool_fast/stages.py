@@ -337,7 +337,7 @@ STAGES: dict[Stage, Callable[[Pipeline], dict[str, Any]]] = {
 
 @contextmanager
 def open_context(config: TrainConfig, run: RunFolder) -> Iterator[Context]:
-    """Metrics and progress of a run, with Ctrl-C, SIGTERM and a failing disk handled.
+    """Metrics and progress of a run, with Ctrl-C, SIGTERM, SIGHUP and a failing disk handled.
 
     Raises:
         UserError: a file cannot be read or written, or the model has diverged.
@@ -370,7 +370,7 @@ def run_stages(config: TrainConfig, run: RunFolder) -> int:
     """Run the configured stages in an open run folder.
 
     Returns:
-        The exit code: 0, or that of a stop: 130 after Ctrl-C, 143 after SIGTERM.
+        The exit code: 0, or that of a stop: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 
     Raises:
         UserError: what the user can fix; finished stages and checkpoints stay.

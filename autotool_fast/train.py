@@ -32,7 +32,7 @@ from autotool_fast.runs import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trainer; returns the exit code: 0 done, 2 a user's error, 130 interrupted, 143 told to end."""
+    """Run the trainer; returns the exit code: 0 done, 2 a user's error, 130, 143, 129: stopped by a signal."""
     config = None
     distributed.silence()
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from autotool_fast.metrics import Progress
@@ -74,8 +75,8 @@ def write_preset(folder: Path) -> Path:
 
 def tensors_of(folder: Path) -> dict[str, bytes]:
     """The weights of a saved model, bit by bit."""
-    with safe_open(folder / "model.safetensors", framework="np") as file:
-        return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name).view(torch.uint8).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import re
 from typing import ClassVar
 
 import pytest
@@ -13,10 +14,11 @@ from test_loop import Training, same, weights
 
 from autotool_fast import alarms
 from autotool_fast.alarms import Monitor, Watch, advance, spells
-from autotool_fast.config import AlarmsConfig, from_dict
+from autotool_fast.config import AlarmsConfig, TrainConfig, from_dict
 from autotool_fast.errors import UserError
 from autotool_fast.loop import Interrupted, StepResult
 from autotool_fast.metrics import read_rows, strip_timings
+from autotool_fast.schema import leaf_paths
 from autotool_fast.summary import print_summary
 
 WINDOW = 4
@@ -89,6 +91,17 @@ def test_each_trouble_is_said_once_when_it_begins_and_once_when_it_ends(name):
     assert marked == list(range(marked[0], marked[-1] + 1))
     assert not [key for row in rows for key in row if key.startswith("alarm/") and key != f"alarm/{name}"]
     assert spells(rows) == [f"{alarms.NAMES[name]}, steps {marked[0]} to {marked[-1]}"]
+
+
+def test_every_alarm_says_what_to_do_with_settings_that_exist():
+    known = leaf_paths(TrainConfig)
+    assert alarms.ADVICE.keys() == alarms.NAMES.keys()
+    for name, advice in alarms.ADVICE.items():
+        named = re.findall(r"[a-z]+\.[a-z_]+", advice) + re.findall(r"--(\w+)", advice)
+        assert named, name
+        assert [setting for setting in named if setting not in known] == []
+        said, _ = watched([GOOD] * 6 + [GOOD | TROUBLE[name]] * 4)
+        assert said[0].endswith(f"(last {WINDOW} steps); {advice}")
 
 
 def test_replies_that_gain_form_and_lose_answers_are_reward_without_answers():

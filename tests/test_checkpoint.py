@@ -39,6 +39,14 @@ def save(tmp_path, tokenizer):
     return save
 
 
+@pytest.fixture
+def flushed(monkeypatch):
+    """Numbers of the files and folders that were flushed to the disk so far."""
+    seen, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (seen.add(os.fstat(number).st_ino), fsync(number))[1])
+    return seen
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -129,6 +137,22 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(save, tmp_path, monkeyp
         save(2)
     assert names(tmp_path) == ["step-00000001"]
     assert checkpoint.latest(tmp_path).step == 1
+
+
+def test_everything_is_flushed_to_the_disk_before_it_gets_its_name(save, tmp_path, monkeypatch, flushed):
+    """A power failure may otherwise leave a name without contents."""
+    renamed, replace = [], os.replace
+
+    def watched(source, target):
+        parts = [source, *source.rglob("*")] if source.is_dir() else [source]
+        assert [part for part in parts if part.stat().st_ino not in flushed] == []
+        renamed.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    save(1)
+    assert renamed == ["manifest.json", "step-00000001"]
+    assert tmp_path.stat().st_ino in flushed  # the name itself
 
 
 def killed_at_rename(number, save):

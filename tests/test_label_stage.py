@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from small_runs import ctrl_c_at, write_preset
 from teacher_server import Server
 
-from autotool_fast import label_stage
+from autotool_fast import files, label_stage
 from autotool_fast.metrics import Progress
 from autotool_fast.tasks.world import World
 from autotool_fast.teacher import PolicyTeacher
@@ -74,6 +75,22 @@ def test_a_stop_at_the_end_of_a_pass_comes_after_it_is_kept(place, rollouts):
     assert start(place, "edge", "--resume") == 0
     assert rollouts == ["no_think", "think"]
     assert same(place, "edge", "own")
+
+
+def test_samples_are_not_lost_when_the_labels_cannot_be_written(place, rollouts, monkeypatch):
+    write = files.write_text
+
+    def refuse(path, text):
+        if path.name == "labels.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_text", refuse)
+        assert start(place, "refused_labels") == 2
+    assert start(place, "refused_labels", "--resume") == 0
+    assert rollouts == ["no_think", "think"]
+    assert same(place, "refused_labels", "own")
 
 
 def test_prompts_sampled_in_several_parts_have_the_same_draws(place, rollouts, monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -134,6 +135,16 @@ def test_a_stopped_and_resumed_stage_equals_one_that_was_not_stopped(tmp_path, r
     assert rows(tmp_path / "run") == rows(tmp_path / "reference")
 
 
+def test_the_time_a_stage_took_before_a_stop_counts(tmp_path):
+    with pytest.raises(Interrupted):
+        Training(stop_at=1).run(tmp_path / "run", after=lambda done: time.sleep(0.2) or {})
+    Training().run(tmp_path / "run", resume=True)
+    seconds = [row["seconds"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert len(seconds) == 8
+    assert seconds == sorted(seconds)
+    assert seconds[2] > 0.4  # two steps took that long before the stop
+
+
 def test_a_stop_during_the_last_step_leaves_the_finished_stage_to_its_caller(tmp_path, reference):
     training = Training(stop_at=7)
     training.run(tmp_path / "run")
@@ -254,6 +265,31 @@ def test_sigterm_asks_for_a_stop_like_ctrl_c_and_has_its_own_exit_code(first, se
             os.kill(os.getpid(), second)
         assert caught.value.args == (second,)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_terminal_that_goes_away_asks_for_a_stop_however_often_it_says_so():
+    before = signal.getsignal(signal.SIGHUP)
+    stop = StopFlag()
+    with stop.installed(lambda text: None):
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(Interrupted):
+            stop.check()
+        assert stop.exit_code == 129
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_under_nohup_a_terminal_that_goes_away_is_no_news():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopFlag()
+        with stop.installed(lambda text: None):
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_rank_that_is_told_twice_to_end_still_saves(monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -192,3 +193,16 @@ def test_a_terminal_gets_a_live_display():
     text = stream.getvalue()
     for part in ("base", "2/2", "loss 0.25", "a note [think]", "rl"):
         assert part in text
+
+
+def test_a_reader_that_is_gone_costs_the_lines_and_not_the_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    with Progress(stream) as progress:
+        progress.start("rl", 2, every_step=True)
+        progress.update(1, {"reward/mean": 0.5})
+        progress.say("alarm")
+        progress.update(2)
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()

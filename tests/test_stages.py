@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +112,21 @@ def test_a_model_is_saved_whole_or_not_at_all(pipeline, monkeypatch):
     assert [path.name for path in (p.run.path / "models").iterdir() if path.name.startswith(".base")] == []
     loaded = dict(p.load("base").named_parameters())
     assert all(torch.equal(loaded[name], value) for name, value in model.named_parameters())
+
+
+def test_a_model_is_flushed_to_the_disk_before_it_gets_its_name(pipeline, monkeypatch):
+    flushed, unflushed, fsync, rename = set(), [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda number: (flushed.add(os.fstat(number).st_ino), fsync(number))[1])
+
+    def watched(source, target):
+        unflushed.extend(path for path in [source, *source.rglob("*")] if path.stat().st_ino not in flushed)
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    p = pipeline()
+    p.save(untrained(p), "base")
+    assert unflushed == []
+    assert p.run.model("base").parent.stat().st_ino in flushed
 
 
 def test_a_failing_disk_is_a_user_error_that_says_how_to_continue(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch
 from eval_stand_ins import STAND_INS
 from small_rl import options, when
 from small_runs import tensors_of
+from test_faults_kill import assert_is, save
+from test_faults_resume import SMALL, files_of
 
 from autotool_fast import checkpoint, files
 from autotool_fast.errors import UserError
@@ -109,6 +112,68 @@ def test_a_disk_that_runs_full_ends_the_run_and_freeing_space_continues_it(whole
         (disk / "filler").unlink()
         assert main([*argv, "--resume"]) == 0
         assert_same(disk / "run", whole)
+
+
+FULL_AT = [("label", 2), ("label", 48), ("warmup", 6), ("distill", 6), ("refine", 3), ("refine", 6)]
+FULL_AT += [("rl", 1), ("rl", 4), ("rl", 6), ("eval", 1), ("eval", 4)]
+
+
+@pytest.mark.slow
+def test_a_disk_that_runs_full_in_every_stage_changes_nothing_in_the_end(trained, tmp_path, capsys):
+    (tmp_path / "small.toml").write_text(SMALL.format(preset="mini", reuse=f'reuse = "{trained}"'))
+    argv = ["--preset", str(tmp_path / "small.toml")]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    named = set()
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=16m", "tmpfs") as disk:
+        argv += ["--out", str(disk / "run")]
+        for number, (stage, step) in enumerate(FULL_AT):
+            with when(stage, step, lambda: fill(disk)):
+                assert main([*argv, *(["--resume"] if number else [])]) == 2
+            line = last_line(capsys)
+            assert "(No space left on device); free some space" in line
+            named.add(line.removeprefix(f"error: {disk / 'run'}/").partition(":")[0])
+            (disk / "filler").unlink()
+        assert main([*argv, "--resume"]) == 0
+        assert files_of(disk / "run") == files_of(tmp_path / "whole")
+    assert named >= {"label.partial.jsonl", "labels.jsonl", "refined.json", "transcripts.jsonl", "results.json"}
+    assert named >= {"models/warmup", "models/distilled", "models/rl"}
+
+
+def test_a_disk_that_is_full_at_any_point_of_a_save_leaves_the_checkpoint_before(tmp_path):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
+        folder = disk / "checkpoints"
+        save(folder, 1)
+        refused: list[UserError] = []
+        while True:
+            (disk / "filler").write_bytes(bytes(_free(disk) - len(refused) * 4096))
+            try:
+                save(folder, 2)
+                break
+            except UserError as error:
+                refused.append(error)
+            assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+            assert_is(checkpoint.latest(folder), 1)
+            (disk / "filler").unlink()
+        assert len(refused) >= 8  # at least a page for each file
+        assert {error.what for error in refused} == {"cannot be written (No space left on device)"}
+        assert {error.where for error in refused} == {str(folder / "step-00000002")}
+        assert_is(checkpoint.latest(folder), 2)
+
+
+def _free(disk: Path) -> int:
+    return os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
+
+
+def test_a_tokenizer_that_cannot_be_written_is_one_line_like_everything_else(tmp_path):
+    """Its library reports a full disk by a bare Exception."""
+    save(tmp_path, 1)
+    model = tmp_path / "step-00000001" / "model"
+    weights, tokenizer = ((model / name).stat().st_size for name in ("model.safetensors", "tokenizer.json"))
+    assert weights < tokenizer
+    with largest_file((weights + tokenizer) // 2), pytest.raises(UserError) as caught:
+        save(tmp_path, 2)
+    assert caught.value.what == "cannot be written (File too large)"
+    assert_is(checkpoint.latest(tmp_path), 1)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scripted_rl import LONG, MIXED, TASKS, Setting
 from small_rl import options
-from small_runs import PRESET, ctrl_c_at, tensors_of
+from small_runs import ctrl_c_at, tensors_of
 from test_distributed import ROOT
 from test_loop import rows, same
 
@@ -74,15 +74,6 @@ interim_per_cell = 1
 """
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A base model that solves some easy tasks in both modes."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "base.toml").write_text(PRESET)
-    assert main(["--preset", str(folder / "base.toml"), "--stages", "base", "--out", str(folder / "run")]) == 0
-    return folder / "run" / "models" / "base"
-
-
 def files_of(run: Path) -> dict[str, object]:
     """What a run leaves: weights, rows without clock readings, results."""
     found: dict[str, object] = {path.parent.name: tensors_of(path.parent) for path in run.glob("models/*/config.json")}
@@ -100,7 +91,7 @@ def continued(argv: list[str], out: Path, stops: list[tuple[str, int]]) -> None:
     assert main([*argv, "--out", str(out), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("preset", ["mini", "mini-full"])
+@pytest.mark.parametrize("preset", ["mini", "mini-full", "smoke"])
 def test_every_stage_of_a_preset_goes_on_after_sigterm_as_if_nothing_had_been(trained, tmp_path, preset):
     path = tmp_path / "small.toml"
     path.write_text(SMALL.format(preset=preset, reuse=f'reuse = "{trained}"'))
