@@ -312,7 +312,7 @@ def run_steps(
     context.progress.start(stage, steps, first, every_step=True)
     context.timer.take()
     begin, seconds = time.perf_counter() - elapsed, elapsed
-    kept = first
+    kept, due = first, False
     indices = range(first, steps)
     for index in context.profiler.steps(indices) if context.profiler else indices:
         generators, updates = checkpoint.capture_rng(), state.optimizers.updates
@@ -341,9 +341,10 @@ def run_steps(
             raise failure
         if index + 1 < steps:
             stop = distributed.any_rank(context.stop.requested)
-            if stop or (checkpoint_every and (index + 1) % checkpoint_every == 0):
+            due = due or bool(checkpoint_every and (index + 1) % checkpoint_every == 0)
+            if stop or (due and result.finite):  # weights that are damaged must not push the good ones out
                 _save(context, stage, index + 1, state, seconds, skipped, checkpoint.capture_rng())
-                kept = index + 1
+                kept, due = index + 1, False
             if stop:
                 raise Interrupted
     context.progress.finish()

@@ -215,6 +215,16 @@ def test_three_skipped_steps_in_a_row_end_the_run(tmp_path):
     assert len(rows(tmp_path / "run")) == 5
 
 
+def test_skipped_steps_do_not_push_good_checkpoints_out(tmp_path):
+    failing = Training(bad_steps=(4, 5, 6))
+    with pytest.raises(UserError, match="3 steps in a row"):
+        failing.run(tmp_path / "run", every=1)
+    assert failing.checkpoints()[-1] == "step-00000004"
+    delayed = Training(bad_steps=(3,))
+    delayed.run(tmp_path / "other", every=4, steps=7)
+    assert delayed.checkpoints() == ["step-00000005"]  # the fourth step was skipped
+
+
 def test_skipped_steps_with_a_good_one_between_do_not_end_the_run(tmp_path):
     training = Training(bad_steps=(1, 2, 4, 5))
     training.run(tmp_path / "run")
