@@ -153,6 +153,8 @@ BAD_FILES = {
     "x = (\n": "SyntaxError: '(' was never closed",
     GOOD + "x = {}['gone']\n": "KeyError: 'gone' (line 4)",
     "import no_such_module_here\n": "ModuleNotFoundError: No module named 'no_such_module_here' (line 1)",
+    "async def later(a: int) -> int:\n    '''Later.'''\n    return a\n": "later is asynchronous or a generator",
+    "def many(a: int) -> list:\n    '''Many.'''\n    yield a\n": "many is asynchronous or a generator",
     GOOD + "raise SystemExit(3)\n": "SystemExit: 3 (line 4)",
 }
 
@@ -323,6 +325,8 @@ import os, time
 def setup(given):
     if given == "bad":
         raise RuntimeError("no such shop")
+    if given == "slow":
+        time.sleep(600)
     return given
 def hang() -> str:
     """Hang."""
@@ -344,7 +348,7 @@ def score(state, transcript):
 
 @pytest.fixture
 def broken(tmp_path):
-    states = (None, "bad", "nan", "half")
+    states = (None, "bad", "slow", "nan", "half")
     write(tmp_path, BROKEN, *({"prompt": f"Go {state}.", "state": state, "id": str(state)} for state in states))
     said: list[str] = []
     problems = made(settings(tmp_path, call_deadline_s=1.0), said)
@@ -354,22 +358,25 @@ def broken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "replies", "reason"),
+    ("name", "replies", "reason", "words"),
     [
-        ("None", [call("hang")], "call_deadline"),
-        ("None", [call("die")], "tools_crashed"),
-        ("bad", [call("ok")], "setup_failed"),
-        ("nan", [call("ok"), say("ok")], "score_failed"),
+        ("None", [call("hang")], "call_deadline", "None: hang: no answer within the deadline"),
+        ("None", [call("die")], "tools_crashed", "None: die: the process has ended"),
+        ("bad", [call("ok")], "setup_failed", "bad: setup failed: RuntimeError: no such shop"),
+        ("slow", [call("ok")], "call_deadline", "slow: setup: no answer within the deadline"),
+        ("nan", [call("ok"), say("ok")], "score_failed", "nan: score returned NaN"),
     ],
 )
-def test_a_tool_that_is_beyond_help_ends_its_own_episode_wrong_and_is_reported(broken, name, replies, reason):
+def test_a_tool_that_is_beyond_help_ends_its_own_episode_wrong_and_is_reported(broken, name, replies, reason, words):
     task, good = task_of(broken, name), [call("ok"), say("ok")]
     began = time.monotonic()
     (lost,) = play(task, replies)
     assert time.monotonic() - began < 6
     assert (lost.correct, lost.stop_reason, lost.length_class) == (False, StopReason.FINISHED, 1)
     assert broken.lost == {reason: 1}
-    assert broken.said[-1].startswith("environment: 1 episodes lost their tools and count as wrong")
+    assert broken.said[-1] == (
+        f"environment: 1 episodes lost their tools and count as wrong (1 {reason}); the last one of {words}"
+    )
     assert play(task_of(broken, "None"), good, [call("ok"), say("no")], good)[1].correct is False
     assert play(task, replies)[0].correct is False
     assert [t.correct for t in play(task_of(broken, "None"), good, [call("hang")], good)] == [True, False, True]

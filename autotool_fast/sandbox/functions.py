@@ -165,6 +165,8 @@ def _read_tool(entry):
     function, schema = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
     if not callable(function):
         raise ToolFileError(f"TOOLS holds {function!r}, which is no function")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise ToolFileError(f"{function.__name__} is asynchronous or a generator; a tool returns its result")
     try:
         if schema is None:
             schema = schemas.describe(function)
