@@ -219,6 +219,10 @@ def fail() -> str:
     """Raise."""
     open("/no/such/secret/place.txt")
 
+def scream() -> str:
+    """Raise what steers a terminal."""
+    raise type("Loud\\nError", (Exception,), {})("\\x1b[31mred\\x00 \\ud800")
+
 def leave() -> str:
     """Raise what most code does not catch."""
     sys.exit("bye")
@@ -379,6 +383,7 @@ def untouched(tools):
 ERRORS = {
     "fail": "Error: fail: FileNotFoundError: [Errno 2] No such file or directory: 'place.txt'",
     "leave": "Error: leave: SystemExit: bye",
+    "scream": "Error: scream: Loud Error: ?[31mred? ?",
     "recurse": "Error: recurse: RecursionError: maximum recursion depth exceeded",
     "not_json": "Error: not_json: ValueError: the result is not JSON (Object of type set is not JSON serializable)",
     "not_a_number": "Error: not_a_number: ValueError: the result is not JSON (Out of range float values",

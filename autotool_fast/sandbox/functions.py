@@ -28,6 +28,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _RESERVED = ("setup", "score")
 _NAME = re.compile(r"[\w.-]{1,64}")
 _ERROR_CHARS = 300
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _import(path, name):
@@ -263,10 +264,12 @@ def cut(text, size):
 
 
 def describe_error(error):
-    """An exception as one short line, without traceback and without paths."""
+    """An exception as one short line that can be shown, without traceback and without paths."""
     try:
-        said = " ".join(str(error).split())
+        said = str(error)
     except BaseException:
         said = ""
-    said = re.sub(r"(?:/[\w.+-]+){2,}", lambda path: os.path.basename(path.group()), said)
-    return cut(f"{type(error).__name__}: {said}" if said else type(error).__name__, _ERROR_CHARS)
+    name = type(error).__name__
+    line = " ".join((f"{name}: {said}" if said else name).split())
+    line = re.sub(r"(?:/[\w.+-]+){2,}", lambda path: os.path.basename(path.group()), line)
+    return cut(_HIDDEN.sub("?", line), _ERROR_CHARS)
