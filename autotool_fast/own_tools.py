@@ -92,6 +92,10 @@ def inspect(config: EnvironmentConfig) -> str:
     tools = OwnTools(config)
     try:
         parts = split_problems(tools.problems, config.test_share)
+        for split, use in (("train", "train on"), ("test", "hold out")):
+            if not parts[split]:
+                remedy = "give at least two, with another split, or none"
+                raise UserError(f"has no problem to {use}", where=config.problems, remedy=remedy)
         closed = config.network or tools.host.network_closed
         network = "" if closed else "; the kernel does not let their network be closed"
     finally:

@@ -95,7 +95,7 @@ def test_prepare_then_audit(capsys, tmp_path):
         (["inspect", DATA / "hermes" / "json-mode-miniature.json"], "JSON mode"),
         (["prepare", DATA], "required: --out"),
         (["prepare", DATA, "--out", "x", "--take", "xlam"], "--take: cannot read 'xlam'; write SOURCE=N"),
-        (["prepare", DATA, "--out", "x", "--take", "xlan=1"], "unknown source 'xlan'"),
+        (["prepare", DATA / "xlam", "--out", "x", "--take", "xlan=1"], "no record has the source 'xlan'; use xlam"),
         (["prepare", DATA, "--out", "x", "--names", "short"], "invalid choice"),
         (["audit", DATA], "required: --benchmark"),
         (["audit", DATA, "--benchmark", "nowhere"], "nowhere: no such file or folder"),

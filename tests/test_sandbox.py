@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -120,6 +121,18 @@ def test_sessions_end_when_closed_or_forgotten_and_the_server_with_its_host(host
     assert wait_for(lambda: len([p for p in mine if p in descendants(os.getpid())]) == 1)
     host.close()
     assert wait_for(lambda: not [p for p in mine if p in descendants(os.getpid())])
+
+
+def test_a_keeper_that_was_stopped_does_not_outlive_the_server(host):
+    before = set(descendants(os.getpid()))
+    session = started(host)
+    mine = set(descendants(os.getpid())) - before
+    (server,) = mine & set(children_of(os.getpid()))
+    for keeper in children_of(server):
+        os.kill(keeper, signal.SIGSTOP)  # as a tool of the same user can, on a plain kernel
+    host.close()
+    session.close()
+    assert wait_for(lambda: not mine & set(descendants(1)))
 
 
 def test_a_server_that_cannot_load_says_why_in_one_line(tmp_path):

@@ -201,6 +201,12 @@ def test_problems_that_are_not_in_order_are_one_line_that_names_theirs(tmp_path,
     assert BAD_PROBLEMS[text] in str(caught.value)
 
 
+def test_a_file_without_a_problem_for_one_side_is_one_line(tmp_path):
+    write(tmp_path, GOOD, {"prompt": "x", "answer": 1})
+    with pytest.raises(UserError, match=r"has no problem to (train on|hold out)"):
+        inspect(settings(tmp_path))
+
+
 def test_files_that_are_missing_are_one_line(tmp_path):
     with pytest.raises(UserError, match="is no file; give a Python file"):
         inspect(settings(tmp_path))
@@ -321,6 +327,21 @@ def test_every_episode_has_state_and_module_variables_of_its_own(tmp_path):
     played = play(task_of(problems, "line-1"), *([call("note", word=w), say("1")] for w in "ab"))
     problems.close()
     assert [results(t)[0] for t in played] == ['[["a"], ["a", "z"]]', '[["b"], ["b", "z"]]']
+
+
+def test_arguments_that_only_a_schema_of_one_s_own_allows_reach_the_function(tmp_path):
+    code = (
+        "def keep(**values):\n    return sorted(values)\n\n"
+        "TOOLS = [(keep, {'parameters': {'type': 'object', 'additionalProperties': {'type': 'integer'}}})]\n"
+    )
+    expected = [{"name": "keep", "arguments": {"b": 1, "a": 2}}]
+    write(tmp_path, code, {"prompt": "x", "expected": expected}, {"prompt": "y", "answer": 1})
+    problems = made(settings(tmp_path), [])
+    task = task_of(problems, "line-1")
+    (played,) = play(task, [call("keep", a="2"), call("keep", a=2, b=1), say("Done.")])
+    problems.close()
+    assert results(played) == ["Error: keep: a: '2' is not of type 'integer'" + '["a", "b"]']
+    assert played.correct
 
 
 BROKEN = '''

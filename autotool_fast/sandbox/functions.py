@@ -90,6 +90,7 @@ class Tool:
         self.name = described["name"]
         self.takes_state = schemas.takes_state(function)
         self.names = list(described["parameters"].get("properties", {}))
+        self.takes_others = not described["parameters"].keys().isdisjoint(("additionalProperties", "patternProperties"))
         # An empty registry: a reference in a schema can name no file and no address.
         checked = _with_null(described["parameters"])
         self.validator = jsonschema.Draft202012Validator(checked, registry=referencing.Registry())
@@ -106,7 +107,7 @@ class Tool:
     def problem(self, arguments):
         """Why the arguments do not fit, or None."""
         unknown = sorted(set(arguments) - set(self.names))
-        if unknown:
+        if unknown and not self.takes_others:
             return f"unknown argument {unknown[0]!r}; the arguments are: {', '.join(self.names) or 'none'}"
         error = jsonschema.exceptions.best_match(self.validator.iter_errors(arguments))
         if error is None:

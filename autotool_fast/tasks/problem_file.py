@@ -179,9 +179,9 @@ def _check_call(call: ToolCall, offered: set[str], schemas: Mapping[str, dict]) 
     parameters = schemas[call.name]["function"]["parameters"]
     properties = parameters.get("properties", {})
     for name in call.arguments:
-        if name not in properties:
+        if name not in properties and parameters.keys().isdisjoint(("additionalProperties", "patternProperties")):
             raise ValueError(f"expected: {call.name} has no argument {name!r}")
-        if not fits(call.arguments[name], properties[name]):
+        if not fits(call.arguments[name], properties.get(name)):
             said = json.dumps(call.arguments[name])
             raise ValueError(f"expected: {call.name}: {name} is {shorten(said, 40)}, which its schema does not allow")
     for name in parameters.get("required", ()):
