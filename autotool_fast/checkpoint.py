@@ -75,13 +75,16 @@ class Checkpoint:
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """Copy the saved weights into `model`, in place, so that optimizers keep their parameters."""
-        from autotool_fast import adapters
+        from autotool_fast import adapters, loading
 
         if adapters.present(model):
             adapters.load_weights(model, self.model)
             return
         with no_progress_bars():
-            saved = type(model).from_pretrained(self.model, dtype=model.dtype, use_safetensors=True)
+            loading.refuse_pickles(self.model, local=True)
+            saved = type(model).from_pretrained(
+                self.model, config=model.config, dtype=model.dtype, local_files_only=True, use_safetensors=True
+            )
         model.load_state_dict(saved.state_dict())
 
 

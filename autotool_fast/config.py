@@ -92,7 +92,7 @@ class EnvironmentConfig(Section):
     network: bool = False
     """tools: let them use the network."""
     slow_call_s: float = number(10.0, above=0.0)
-    """tools: seconds with nothing to do but wait for calls, after which progress names them."""
+    """Seconds with nothing to do but wait for calls, after which progress names problems and tools."""
 
     def validate(self) -> None:
         self.require(bool(self.categories), "categories", "must name at least one category")

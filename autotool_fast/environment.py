@@ -31,7 +31,7 @@ from autotool_fast.errors import UserError
 from autotool_fast.eval.bfcl import Bfcl, MultiTurn
 from autotool_fast.evaluate import Cell
 from autotool_fast.problems import DataProblems, per_cell_first
-from autotool_fast.tasks.record import Task
+from autotool_fast.tasks.record import Task, Wait
 
 OPTION = "--environment.path"
 _COMMON = 8
@@ -71,6 +71,7 @@ class Mixed:
         self._share = config.share if data else 1.0
         self._parts: dict[str, list[Task]] = {"train": [], "test": []}
         self.lost: Counter[str] = Counter()
+        self._told = 0.0
         self.pool = ThreadPoolExecutor(slots, thread_name_prefix="calls")
 
     def _use(self, left_out: Counter[str]) -> None:
@@ -99,6 +100,18 @@ class Mixed:
         total = self.lost.total()
         if total & (total - 1) == 0:  # 1, 2, 4, ...: seen at once, without flooding the progress
             self._warn(f"environment: {self.lost_text()}; the last one of {task.id}{f': {words}' if words else ''}")
+
+    def waited(self, idle_s: float, waits: Sequence[Wait]) -> None:
+        """Say which tools a rollout is waiting for, after `environment.slow_call_s` and whenever that has doubled."""
+        if idle_s < self._told:
+            self._told = 0.0
+        if idle_s < max(self._config.slow_call_s, 2 * self._told):
+            return
+        self._told = idle_s
+        slowest = sorted(waits, key=lambda wait: -wait.seconds)
+        shown = "; ".join(f"{w.task_id}: {', '.join(w.tools) or 'score'} ({w.seconds:.0f} s)" for w in slowest[:5])
+        more = f" and {len(slowest) - 5} more" if len(slowest) > 5 else ""
+        self._warn(f"environment: nothing to do for {idle_s:.0f} s but wait for {shown}{more}")
 
     def lost_text(self) -> str:
         """How many episodes lost their environment, by reason."""
@@ -213,6 +226,10 @@ class Attempt:
             return following
 
         return self._problems.pool.submit(work)
+
+    def waited(self, idle_s: float, waits: Sequence[Wait]) -> None:
+        """Told when a rollout has nothing to do but wait for simulators; see `Mixed.waited`."""
+        self._problems.waited(idle_s, waits)
 
     def step(self, reply: ParsedReply) -> list[dict] | None:
         """Run the calls; a reply without calls ends the user's turn."""

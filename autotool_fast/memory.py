@@ -61,22 +61,22 @@ def shape_of(source: str, *, own_code: bool = False) -> Shape | None:
         UserError: the folder's config.json is damaged, or of a kind that transformers does not know.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from autotool_fast import loading
 
     try:
         if source in KNOWN:
             kind, sizes = KNOWN[source]
             config = AutoConfig.for_model(kind, **sizes)
         else:
-            config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=own_code)
-    except OSError:
-        return None
-    except (ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        problem, remedy = f"has a config.json that cannot be read ({reason})", own_code_remedy(error)
+            config = loading.read_config(source, local=True, own_code=own_code)
+        model = loading.empty_model(config, own_code=own_code)
+    except loading.Unusable as error:
+        if error.absent:
+            return None
+        problem, remedy = f"has a config.json that cannot be read ({error})", error.code_remedy
         raise UserError(problem, where=f"model.path ({source})", remedy=remedy) from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=own_code)
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     text = config.get_text_config()
@@ -93,12 +93,6 @@ def shape_of(source: str, *, own_code: bool = False) -> Shape | None:
         vocab=text.vocab_size,
         positions=getattr(text, "max_position_embeddings", None),
     )
-
-
-def own_code_remedy(error: Exception) -> str | None:
-    """What to do when transformers refused a model because it brings code, or None for another error."""
-    refused = "trust_remote_code" in str(error)
-    return "read the model's own code, then add --model.trust-remote-code to run it" if refused else None
 
 
 def estimate(shape: Shape, config: TrainConfig, ranks: int = 1) -> dict[str, int]:

@@ -92,6 +92,10 @@ def inspect(config: EnvironmentConfig) -> str:
     tools = OwnTools(config)
     try:
         parts = split_problems(tools.problems, config.test_share)
+        for split, use in (("train", "train on"), ("test", "hold out")):
+            if not parts[split]:
+                remedy = "give at least two, with another split, or none"
+                raise UserError(f"has no problem to {use}", where=config.problems, remedy=remedy)
         closed = config.network or tools.host.network_closed
         network = "" if closed else "; the kernel does not let their network be closed"
     finally:
@@ -121,7 +125,6 @@ class ToolProblems(Mixed):
     ) -> None:
         super().__init__(config, seed, **options)
         self.tools = OwnTools(config)
-        self._told = 0.0
         try:
             left_out: Counter[str] = Counter()
             for split, problems in split_problems(self.tools.problems, config.test_share).items():
@@ -149,18 +152,6 @@ class ToolProblems(Mixed):
             start=lambda task: ToolEpisode(task, problem, self),
         )
 
-    def waited(self, idle_s: float, waits: Sequence[Wait]) -> None:
-        """Say which tools a rollout is waiting for, after `environment.slow_call_s` and whenever that has doubled."""
-        if idle_s < self._told:
-            self._told = 0.0
-        if idle_s < max(self._config.slow_call_s, 2 * self._told):
-            return
-        self._told = idle_s
-        slowest = sorted(waits, key=lambda wait: -wait.seconds)
-        shown = "; ".join(f"{w.task_id}: {', '.join(w.tools) or 'score'} ({w.seconds:.0f} s)" for w in slowest[:5])
-        more = f" and {len(slowest) - 5} more" if len(slowest) > 5 else ""
-        self._warn(f"environment: nothing to do for {idle_s:.0f} s but wait for {shown}{more}")
-
     def close(self) -> None:
         """End every session, and say how many episodes were lost."""
         super().close()
@@ -186,7 +177,7 @@ class ToolEpisode:
         return self._problems.pool.submit(self.step, reply)
 
     def waited(self, idle_s: float, waits: Sequence[Wait]) -> None:
-        """Told when a rollout has nothing to do but wait for tools; see `ToolProblems.waited`."""
+        """Told when a rollout has nothing to do but wait for tools; see `Mixed.waited`."""
         self._problems.waited(idle_s, waits)
 
     def step(self, reply: ParsedReply) -> list[dict] | None:
@@ -211,7 +202,7 @@ class ToolEpisode:
     def _run(self, call: ToolCall) -> str:
         if call.name not in self._offered:
             return f"Error: there is no tool {call.name!r}; the tools are: {', '.join(sorted(self._offered))}"
-        answer = self._start().call("call", name=call.name, arguments=call.arguments)
+        answer = _ask(self._start(), call.name, "call", name=call.name, arguments=call.arguments)
         if not (isinstance(answer, dict) and isinstance(answer.get("text"), str)):
             raise WorkerDied(call.name)  # a tool wrote to the keeper
         if answer.get("ran"):
@@ -223,7 +214,7 @@ class ToolEpisode:
             session = self._session = self._tools.host.open()
             if self._closed:
                 session.close()
-            problem = session.call("start", given=self._problem.state)
+            problem = _ask(session, "setup", "start", given=self._problem.state)
             if problem is not None:
                 raise _SetupError(problem)
         return self._session
@@ -264,6 +255,14 @@ class ToolEpisode:
         self._closed = True
         if self._session is not None:
             self._session.close()
+
+
+def _ask(session: Session, function: str, op: str, /, **args: Any) -> Any:
+    """`Session.call` that runs a function of the user's, which is named where it goes wrong."""
+    try:
+        return session.call(op, **args)
+    except WorkerDied as error:
+        raise WorkerDied(function, error.reason) from None
 
 
 class _SetupError(Exception):

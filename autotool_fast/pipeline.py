@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from autotool_fast import adapters, distributed, files, memory
+from autotool_fast import adapters, distributed, files, loading, memory
 from autotool_fast.attention import select
 from autotool_fast.chat import MODES, ChatFormat, chat_format
 from autotool_fast.checkpoint import no_progress_bars, write_model
@@ -224,19 +224,12 @@ def load_model(
         UserError: there is no model, or a damaged one; `where` names the setting to blame.
     """
     try:
-        with no_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=getattr(torch, dtype),
-                local_files_only=isinstance(source, Path),
-                use_safetensors=True,
-                trust_remote_code=own_code,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        problem = f"holds no model that can be loaded ({reason})"
-        remedy = memory.own_code_remedy(error) or COMPLETE
-        raise UserError(problem, where=where or str(source), remedy=remedy) from error
+        return loading.read_model(
+            source, dtype=getattr(torch, dtype), local=isinstance(source, Path), own_code=own_code
+        )
+    except loading.Unusable as error:
+        problem = f"holds no model that can be loaded ({error})"
+        raise UserError(problem, where=where or str(source), remedy=error.code_remedy or COMPLETE) from error
 
 
 def load_tokenizer(source: str, *, own_code: bool = False) -> PreTrainedTokenizerBase:
@@ -246,9 +239,7 @@ def load_tokenizer(source: str, *, own_code: bool = False) -> PreTrainedTokenize
         UserError: there is none, or a damaged one.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=own_code)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        problem = f"holds no tokenizer that can be loaded ({reason})"
-        remedy = memory.own_code_remedy(error) or COMPLETE
+        return loading.read_tokenizer(source, local=False, own_code=own_code)
+    except loading.Unusable as error:
+        problem, remedy = f"holds no tokenizer that can be loaded ({error})", error.code_remedy or COMPLETE
         raise UserError(problem, where=f"model.path ({source})", remedy=remedy) from error

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from autotool_fast import distributed, files
+from autotool_fast import distributed, files, loading
 from autotool_fast.config import Stage, TrainConfig
 from autotool_fast.errors import UserError
 from autotool_fast.evaluate import ACU_UNIT, ALL_MODES, evaluate, regret
@@ -79,8 +79,8 @@ def _reused(source: Path, p: Pipeline) -> PreTrainedModel:
     where = f"base.reuse ({source})"
     try:
         model = load_model(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (UserError, OSError, ValueError) as error:
+        tokenizer = loading.read_tokenizer(source, local=True)
+    except (UserError, loading.Unusable) as error:
         reason = error.what if isinstance(error, UserError) else "holds no tokenizer"
         raise UserError(reason, where=where, remedy="name a models/base folder") from error
     if tokenizer.get_vocab() != p.tokenizer.get_vocab():

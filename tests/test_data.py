@@ -45,6 +45,15 @@ def test_inspect_samples_do_not_change_between_runs_and_follow_the_seed(capsys):
     assert len({sampled("--seed", str(seed)) for seed in range(6)}) > 1
 
 
+def test_control_characters_of_a_sample_do_not_reach_the_terminal(capsys, tmp_path):
+    record = {"tools": [{"name": "dim", "parameters": {}}], "messages": [{"role": "user", "content": "\x1b[2J\x07 x"}]}
+    (tmp_path / "own.jsonl").write_text(json.dumps({**record, "answer": []}) + "\n")
+    assert main(["inspect", str(tmp_path / "own.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "user       ?[2J? x" in out
+    assert out.replace("\n", "").isprintable()
+
+
 def test_inspect_reports_files_that_were_left_out(capsys):
     assert main(["inspect", str(DATA / "hermes"), "--samples", "0"]) == 0
     captured = capsys.readouterr()
@@ -86,7 +95,7 @@ def test_prepare_then_audit(capsys, tmp_path):
         (["inspect", DATA / "hermes" / "json-mode-miniature.json"], "JSON mode"),
         (["prepare", DATA], "required: --out"),
         (["prepare", DATA, "--out", "x", "--take", "xlam"], "--take: cannot read 'xlam'; write SOURCE=N"),
-        (["prepare", DATA, "--out", "x", "--take", "xlan=1"], "unknown source 'xlan'"),
+        (["prepare", DATA / "xlam", "--out", "x", "--take", "xlan=1"], "no record has the source 'xlan'; use xlam"),
         (["prepare", DATA, "--out", "x", "--names", "short"], "invalid choice"),
         (["audit", DATA], "required: --benchmark"),
         (["audit", DATA, "--benchmark", "nowhere"], "nowhere: no such file or folder"),

@@ -207,6 +207,16 @@ def test_a_lost_simulator_ends_its_own_episode_wrong_and_is_counted(folder, call
     assert said[-1] == f"environment: 3 episodes lost their simulators and count as wrong (3 {reason})"
 
 
+def test_the_watchdog_names_the_entries_and_calls_a_rollout_waits_for(folder):
+    said: list[str] = []
+    problems = simulators(folder, said, config={"slow_call_s": 0.3})
+    task = problems.training(1, "rl")[0]
+    play(problems, [[WAIT], [WAIT]], task)
+    problems.close()
+    first = next(line for line in said if "wait for" in line)
+    assert first == f"environment: nothing to do for 1 s but wait for {task.id}: wait (1 s); {task.id}: wait (1 s)"
+
+
 def test_a_checker_that_fails_is_counted(problems, monkeypatch):
     def fail(self, op, **args):
         raise WorkerDied(op)

@@ -136,6 +136,8 @@ def test_a_summary_is_no_task():
         ({"meta": [1]}, "bad_row", "meta"),
         ({"text": None}, "bad_row", "text"),
         ({"answers": []}, "bad_row", "answers"),
+        ({"source": "a\x1b[31m"}, "bad_row", "source holds control characters"),
+        ({"id": "a\nb"}, "bad_row", "id holds control characters"),
         ({"text": "\ud800"}, "lone_surrogate", ""),
         ({"meta": {"x": float("inf")}}, "non_finite_number", ""),
     ],

@@ -136,6 +136,14 @@ def test_down_sampling_is_per_source_and_by_seed(tmp_path):
     assert picks[0] == picks[1] != picks[2]
 
 
+def test_a_source_to_be_down_sampled_must_be_there_and_may_be_one_s_own(tmp_path):
+    records = [{**one, "source": "mine"} for one in MANY[:40]]
+    _, parts = run(tmp_path, records, take={"mine": 10})
+    assert sum(map(len, parts.values())) == 10
+    with pytest.raises(UserError, match="--take: no record has the source 'jsonl'; use mine"):
+        run(tmp_path, records, take={"jsonl": 10})
+
+
 def test_the_result_does_not_depend_on_the_order_of_rows(tmp_path):
     records = [{**one, "id": f"r-{i}"} for i, one in enumerate(MANY)]
     hashes = []
@@ -219,7 +227,6 @@ def test_a_failure_leaves_the_old_output_and_no_scratch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"take": {"toolacce": 3}}, "unknown source"),
         ({"sft": -1}, "at least 0"),
         ({"sft": 0, "rl": 0}, "above 0"),
         ({"test_share": 1.0}, "less than 1"),

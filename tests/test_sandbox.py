@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -122,6 +123,18 @@ def test_sessions_end_when_closed_or_forgotten_and_the_server_with_its_host(host
     assert wait_for(lambda: not [p for p in mine if p in descendants(os.getpid())])
 
 
+def test_a_keeper_that_was_stopped_does_not_outlive_the_server(host):
+    before = set(descendants(os.getpid()))
+    session = started(host)
+    mine = set(descendants(os.getpid())) - before
+    (server,) = mine & set(children_of(os.getpid()))
+    for keeper in children_of(server):
+        os.kill(keeper, signal.SIGSTOP)  # as a tool of the same user can, on a plain kernel
+    host.close()
+    session.close()
+    assert wait_for(lambda: not mine & set(descendants(1)))
+
+
 def test_a_server_that_cannot_load_says_why_in_one_line(tmp_path):
     host = WorkerHost(SERVICE, str(tmp_path), where="--bfcl x", remedy="do this")
     with pytest.raises(UserError) as caught:
@@ -218,6 +231,10 @@ def huge() -> str:
 def fail() -> str:
     """Raise."""
     open("/no/such/secret/place.txt")
+
+def scream() -> str:
+    """Raise what steers a terminal."""
+    raise type("Loud\\nError", (Exception,), {})("\\x1b[31mred\\x00 \\ud800")
 
 def leave() -> str:
     """Raise what most code does not catch."""
@@ -379,6 +396,7 @@ def untouched(tools):
 ERRORS = {
     "fail": "Error: fail: FileNotFoundError: [Errno 2] No such file or directory: 'place.txt'",
     "leave": "Error: leave: SystemExit: bye",
+    "scream": "Error: scream: Loud Error: ?[31mred? ?",
     "recurse": "Error: recurse: RecursionError: maximum recursion depth exceeded",
     "not_json": "Error: not_json: ValueError: the result is not JSON (Object of type set is not JSON serializable)",
     "not_a_number": "Error: not_a_number: ValueError: the result is not JSON (Out of range float values",

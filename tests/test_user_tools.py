@@ -153,6 +153,8 @@ BAD_FILES = {
     "x = (\n": "SyntaxError: '(' was never closed",
     GOOD + "x = {}['gone']\n": "KeyError: 'gone' (line 4)",
     "import no_such_module_here\n": "ModuleNotFoundError: No module named 'no_such_module_here' (line 1)",
+    "async def later(a: int) -> int:\n    '''Later.'''\n    return a\n": "later is asynchronous or a generator",
+    "def many(a: int) -> list:\n    '''Many.'''\n    yield a\n": "many is asynchronous or a generator",
     GOOD + "raise SystemExit(3)\n": "SystemExit: 3 (line 4)",
 }
 
@@ -174,6 +176,9 @@ BAD_PROBLEMS = {
     '{"prompt": "x", "expected": [{"name": "g", "arguments": {}}]}': "expected: unknown tool 'g'",
     '{"prompt": "x", "expected": [{"name": "f", "arguments": {"b": 1}}]}': "expected: f has no argument 'b'",
     '{"prompt": "x", "expected": [{"name": "f", "arguments": {}}]}': "f is called without 'a', which it requires",
+    '{"prompt": "x", "expected": [{"name": "f", "arguments": {"a": "3"}}]}': 'f: a is "3", which its schema does not',
+    '{"prompt": "x", "answer": 1, "id": "a\\u001b[31m"}': "line 1: id holds control characters",
+    '{"prompt": "x", "answer": 1, "family": "a\\nb"}': "line 1: family holds control characters",
     '{"prompt": "x", "answer": [3]}': "answer is no text and no number",
     '{"prompt": "x", "answer": NaN}': "non_finite_number",
     '{"prompt": "x", "answer": 1, "split": "dev"}': "split is 'dev', not train or test",
@@ -194,6 +199,12 @@ def test_problems_that_are_not_in_order_are_one_line_that_names_theirs(tmp_path,
     with pytest.raises(UserError) as caught:
         inspect(settings(tmp_path))
     assert BAD_PROBLEMS[text] in str(caught.value)
+
+
+def test_a_file_without_a_problem_for_one_side_is_one_line(tmp_path):
+    write(tmp_path, GOOD, {"prompt": "x", "answer": 1})
+    with pytest.raises(UserError, match=r"has no problem to (train on|hold out)"):
+        inspect(settings(tmp_path))
 
 
 def test_files_that_are_missing_are_one_line(tmp_path):
@@ -318,11 +329,28 @@ def test_every_episode_has_state_and_module_variables_of_its_own(tmp_path):
     assert [results(t)[0] for t in played] == ['[["a"], ["a", "z"]]', '[["b"], ["b", "z"]]']
 
 
+def test_arguments_that_only_a_schema_of_one_s_own_allows_reach_the_function(tmp_path):
+    code = (
+        "def keep(**values):\n    return sorted(values)\n\n"
+        "TOOLS = [(keep, {'parameters': {'type': 'object', 'additionalProperties': {'type': 'integer'}}})]\n"
+    )
+    expected = [{"name": "keep", "arguments": {"b": 1, "a": 2}}]
+    write(tmp_path, code, {"prompt": "x", "expected": expected}, {"prompt": "y", "answer": 1})
+    problems = made(settings(tmp_path), [])
+    task = task_of(problems, "line-1")
+    (played,) = play(task, [call("keep", a="2"), call("keep", a=2, b=1), say("Done.")])
+    problems.close()
+    assert results(played) == ["Error: keep: a: '2' is not of type 'integer'" + '["a", "b"]']
+    assert played.correct
+
+
 BROKEN = '''
 import os, time
 def setup(given):
     if given == "bad":
         raise RuntimeError("no such shop")
+    if given == "slow":
+        time.sleep(600)
     return given
 def hang() -> str:
     """Hang."""
@@ -344,7 +372,7 @@ def score(state, transcript):
 
 @pytest.fixture
 def broken(tmp_path):
-    states = (None, "bad", "nan", "half")
+    states = (None, "bad", "slow", "nan", "half")
     write(tmp_path, BROKEN, *({"prompt": f"Go {state}.", "state": state, "id": str(state)} for state in states))
     said: list[str] = []
     problems = made(settings(tmp_path, call_deadline_s=1.0), said)
@@ -354,22 +382,25 @@ def broken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "replies", "reason"),
+    ("name", "replies", "reason", "words"),
     [
-        ("None", [call("hang")], "call_deadline"),
-        ("None", [call("die")], "tools_crashed"),
-        ("bad", [call("ok")], "setup_failed"),
-        ("nan", [call("ok"), say("ok")], "score_failed"),
+        ("None", [call("hang")], "call_deadline", "None: hang: no answer within the deadline"),
+        ("None", [call("die")], "tools_crashed", "None: die: the process has ended"),
+        ("bad", [call("ok")], "setup_failed", "bad: setup failed: RuntimeError: no such shop"),
+        ("slow", [call("ok")], "call_deadline", "slow: setup: no answer within the deadline"),
+        ("nan", [call("ok"), say("ok")], "score_failed", "nan: score returned NaN"),
     ],
 )
-def test_a_tool_that_is_beyond_help_ends_its_own_episode_wrong_and_is_reported(broken, name, replies, reason):
+def test_a_tool_that_is_beyond_help_ends_its_own_episode_wrong_and_is_reported(broken, name, replies, reason, words):
     task, good = task_of(broken, name), [call("ok"), say("ok")]
     began = time.monotonic()
     (lost,) = play(task, replies)
     assert time.monotonic() - began < 6
     assert (lost.correct, lost.stop_reason, lost.length_class) == (False, StopReason.FINISHED, 1)
     assert broken.lost == {reason: 1}
-    assert broken.said[-1].startswith("environment: 1 episodes lost their tools and count as wrong")
+    assert broken.said[-1] == (
+        f"environment: 1 episodes lost their tools and count as wrong (1 {reason}); the last one of {words}"
+    )
     assert play(task_of(broken, "None"), good, [call("ok"), say("no")], good)[1].correct is False
     assert play(task, replies)[0].correct is False
     assert [t.correct for t in play(task_of(broken, "None"), good, [call("hang")], good)] == [True, False, True]

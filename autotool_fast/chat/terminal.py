@@ -269,21 +269,15 @@ def load(folder: Path, name: str) -> tuple[PreTrainedModel, ChatFormat]:
         UserError: the folder holds no model or tokenizer that can be loaded, or no format fits.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from autotool_fast.checkpoint import no_progress_bars
+    from autotool_fast import loading
 
     try:
-        with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
+        tokenizer = loading.read_tokenizer(folder, local=True)
+        model = loading.read_model(folder, dtype="auto", local=True)
+    except loading.Unusable as error:
         remedy = "give a folder that save_pretrained wrote, tokenizer included"
-        raise UserError(f"holds no model that can be loaded ({reason})", where=str(folder), remedy=remedy) from error
+        raise UserError(f"holds no model that can be loaded ({error})", where=str(folder), remedy=remedy) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), chat_format(tokenizer, name)
 
 

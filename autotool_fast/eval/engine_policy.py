@@ -202,21 +202,15 @@ def load_checkpoint(folder: Path, device: str = "", *, where: str) -> tuple[PreT
         UserError: one of them cannot be loaded; it names `where`.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from autotool_fast.checkpoint import no_progress_bars
+    from autotool_fast import loading
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if chosen == "cpu" else "auto"
     try:
-        with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
+        tokenizer = loading.read_tokenizer(folder, local=True)
+        model = loading.read_model(folder, dtype=dtype, local=True)
+    except loading.Unusable as error:
         remedy = "give a folder that save_pretrained wrote, tokenizer included, or copy it again"
-        raise UserError(f"cannot be loaded ({reason})", where=where, remedy=remedy) from error
+        raise UserError(f"cannot be loaded ({error})", where=where, remedy=remedy) from error
     return model.to(chosen).eval(), tokenizer

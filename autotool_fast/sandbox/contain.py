@@ -150,6 +150,20 @@ def end_family(leader, patience_s=5.0):
         time.sleep(0.001)
 
 
+def end_strays(patience_s=1.0):
+    """Kill whatever descends from this process, one generation at a time, and wait until it is gone."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        for child in children():
+            _kill(child)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.001)
+
+
 def _kill(number):
     with contextlib.suppress(OSError):
         os.kill(number, signal.SIGKILL)

@@ -28,6 +28,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _RESERVED = ("setup", "score")
 _NAME = re.compile(r"[\w.-]{1,64}")
 _ERROR_CHARS = 300
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _import(path, name):
@@ -89,6 +90,7 @@ class Tool:
         self.name = described["name"]
         self.takes_state = schemas.takes_state(function)
         self.names = list(described["parameters"].get("properties", {}))
+        self.takes_others = not described["parameters"].keys().isdisjoint(("additionalProperties", "patternProperties"))
         # An empty registry: a reference in a schema can name no file and no address.
         checked = _with_null(described["parameters"])
         self.validator = jsonschema.Draft202012Validator(checked, registry=referencing.Registry())
@@ -105,7 +107,7 @@ class Tool:
     def problem(self, arguments):
         """Why the arguments do not fit, or None."""
         unknown = sorted(set(arguments) - set(self.names))
-        if unknown:
+        if unknown and not self.takes_others:
             return f"unknown argument {unknown[0]!r}; the arguments are: {', '.join(self.names) or 'none'}"
         error = jsonschema.exceptions.best_match(self.validator.iter_errors(arguments))
         if error is None:
@@ -165,6 +167,8 @@ def _read_tool(entry):
     function, schema = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
     if not callable(function):
         raise ToolFileError(f"TOOLS holds {function!r}, which is no function")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise ToolFileError(f"{function.__name__} is asynchronous or a generator; a tool returns its result")
     try:
         if schema is None:
             schema = schemas.describe(function)
@@ -261,10 +265,12 @@ def cut(text, size):
 
 
 def describe_error(error):
-    """An exception as one short line, without traceback and without paths."""
+    """An exception as one short line that can be shown, without traceback and without paths."""
     try:
-        said = " ".join(str(error).split())
+        said = str(error)
     except BaseException:
         said = ""
-    said = re.sub(r"(?:/[\w.+-]+){2,}", lambda path: os.path.basename(path.group()), said)
-    return cut(f"{type(error).__name__}: {said}" if said else type(error).__name__, _ERROR_CHARS)
+    name = type(error).__name__
+    line = " ".join((f"{name}: {said}" if said else name).split())
+    line = re.sub(r"(?:/[\w.+-]+){2,}", lambda path: os.path.basename(path.group()), line)
+    return cut(_HIDDEN.sub("?", line), _ERROR_CHARS)

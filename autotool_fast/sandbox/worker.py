@@ -10,9 +10,10 @@ Covered: time, processor time, memory, file size, open files and processes are l
 pair to the keeper is open; the environment holds no secrets; where the kernel allows namespaces there is no network, no
 other process to be seen, and none that outlives the session.
 Not covered: the code can read every file that the user can read, and write where the user can (strict sessions of root
-have a user of their own), fill a disk with many files, use sockets that are files, and attack the kernel. Without
-namespaces it can also signal the user's processes, read their environment, and use the network. This contains accidents
-and careless code, not an attacker. That model text is never evaluated is the services' business.
+have a user of their own, who may write where anyone may), fill a disk with many files, use sockets that are files, and
+attack the kernel. Without namespaces it can also signal the user's processes, read their environment, and use the
+network. This contains accidents and careless code, not an attacker. That model text is never evaluated is the services'
+business.
 """
 
 import gc
@@ -190,6 +191,11 @@ class Server:
         while self.keepers and time.monotonic() < end:
             time.sleep(0.005)
             self.sweep()
+        for keeper in self.keepers:  # one that its tool has stopped; what is below it is a stray then
+            os.kill(keeper, signal.SIGKILL)
+            os.waitpid(keeper, 0)
+        self.keepers.clear()
+        contain.end_strays()
 
     def start(self, connection):
         """Fork a keeper."""

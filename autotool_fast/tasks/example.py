@@ -106,8 +106,8 @@ class Example:
         if think is not None and not isinstance(think, str):
             raise RowError("bad_row", "think is no text")
         return cls(
-            id=_take(value, "id", str, default=""),
-            source=_take(value, "source", str, default="jsonl"),
+            id=_take_label(value, "id", ""),
+            source=_take_label(value, "source", "jsonl"),
             tools=tools,
             messages=tuple(read_messages(_take(value, "messages", list))),
             answer=answer,
@@ -159,6 +159,13 @@ def _take(value: dict[str, Any], name: str, kind: type, **default: Any) -> Any:
     if not isinstance(value.get(name), kind):
         raise RowError("bad_row", f"{name} is missing" if name not in value else f"{name} is no {kind.__name__}")
     return value[name]
+
+
+def _take_label(value: dict[str, Any], name: str, default: str) -> str:
+    label = _take(value, name, str, default=default)
+    if not label.isprintable():  # tables and progress show it
+        raise RowError("bad_row", f"{name} holds control characters")
+    return label
 
 
 def read_messages(values: list[Any]) -> Iterator[dict[str, Any]]:

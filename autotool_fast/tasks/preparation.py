@@ -24,7 +24,7 @@ from autotool_fast.files import sync, write_json
 from autotool_fast.matching import canonical_calls
 from autotool_fast.tasks.example import Example
 from autotool_fast.tasks.inspection import Tally, read_counted
-from autotool_fast.tasks.sources.load import SOURCES, Input, find_inputs
+from autotool_fast.tasks.sources.load import Input, find_inputs
 from autotool_fast.tasks.sources.names import with_safe_names
 from autotool_fast.tasks.sources.rows import Reject
 
@@ -68,9 +68,6 @@ class Settings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.take:
-            if name not in SOURCES:
-                raise UserError(f"unknown source '{name}'", where="--take", remedy=f"use {', '.join(SOURCES)}")
         for name in ("sft", "rl"):
             if getattr(self, name) < 0:
                 raise UserError("must be at least 0", where=f"--{name}")
@@ -191,6 +188,11 @@ def _build(settings: Settings, inputs: list[Input], folder: Path) -> dict[str, A
                 rejects.flush()
                 raise _too_many(settings, item, tally, folder)
             described.append({**_fingerprint(item.path), "source": item.source, **tally.to_json()})
+    sources = {entry.source for entry in entries}
+    for name in settings.take:
+        if name not in sources:
+            remedy = f"use {', '.join(sorted(sources)) or 'other data'}"
+            raise UserError(f"no record has the source '{name}'", where="--take", remedy=remedy)
     kept = _down_sample(entries, settings.take)
     dropped["not_taken"] += len(entries) - len(kept)
     parts, unused = _share_out(kept, settings)

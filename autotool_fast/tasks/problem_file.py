@@ -29,7 +29,8 @@ from autotool_fast.errors import UserError
 from autotool_fast.schema import nearest
 from autotool_fast.tasks.example import read_call, read_messages
 from autotool_fast.tasks.sources.literal import clean
-from autotool_fast.tasks.sources.rows import RowError
+from autotool_fast.tasks.sources.rows import RowError, shorten
+from autotool_fast.tasks.sources.schemas import fits
 
 FIELDS = ("id", "prompt", "messages", "tools", "state", "expected", "answer", "family", "difficulty", "split")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -153,6 +154,8 @@ def _check(value: Mapping[str, Any], name: str, kind: type) -> None:
     words = {str: "text", list: "a list", int: "a whole number"}
     if name in value and (not isinstance(value[name], kind) or isinstance(value[name], bool)):
         raise ValueError(f"{name} is not {words[kind]}")
+    if name in ("id", "family") and not str(value.get(name, "")).isprintable():  # tables and progress show it
+        raise ValueError(f"{name} holds control characters")
 
 
 def _read_tool_names(names: Any, schemas: Mapping[str, dict]) -> tuple[str, ...] | None:
@@ -176,8 +179,11 @@ def _check_call(call: ToolCall, offered: set[str], schemas: Mapping[str, dict]) 
     parameters = schemas[call.name]["function"]["parameters"]
     properties = parameters.get("properties", {})
     for name in call.arguments:
-        if name not in properties:
+        if name not in properties and parameters.keys().isdisjoint(("additionalProperties", "patternProperties")):
             raise ValueError(f"expected: {call.name} has no argument {name!r}")
+        if not fits(call.arguments[name], properties.get(name)):
+            said = json.dumps(call.arguments[name])
+            raise ValueError(f"expected: {call.name}: {name} is {shorten(said, 40)}, which its schema does not allow")
     for name in parameters.get("required", ()):
         if name not in call.arguments:
             raise ValueError(f"expected: {call.name} is called without {name!r}, which it requires")

@@ -6,6 +6,7 @@ file and the row turns it into a `Reject`, which is what the rejects file holds.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ NOTES = {
 """What was repaired in, or is suspicious about, a record that is kept (`meta["notes"]`)."""
 
 _EXCERPT = 160
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class RowError(Exception):
@@ -109,6 +111,6 @@ class Reject:
 
 
 def shorten(text: str, limit: int = _EXCERPT) -> str:
-    """The text on one line, encodable, at most `limit` characters long."""
-    line = " ".join(text[: 4 * limit].split()).encode("utf-8", "replace").decode("utf-8")
+    """The text on one line, at most `limit` characters long; control characters and half surrogate pairs become ?."""
+    line = _HIDDEN.sub("?", " ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -121,9 +121,14 @@ def defaults(tools: Iterable[dict]) -> dict[str, dict[str, Any]]:
 
 
 def fits(value: Any, schema: Any) -> bool:
-    """Whether a JSON value is valid under a schema that `read_tool` wrote (limits of size are not looked at)."""
+    """Whether a JSON value is valid under a schema that `read_tool` wrote (limits of size are not looked at).
+
+    What other schemas hold beside that, such as references, is not looked at either.
+    """
     if not isinstance(schema, dict):
         return schema is not False
+    if value is None and schema.get("nullable") is True:
+        return True
     if "enum" in schema and not any(value == item and type(value) is type(item) for item in schema["enum"]):
         return False
     if "anyOf" in schema and not any(fits(value, member) for member in schema["anyOf"]):
