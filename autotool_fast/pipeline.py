@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from autotool_fast import adapters, distributed, files, loading, memory
 from autotool_fast.attention import select
 from autotool_fast.chat import MODES, ChatFormat, chat_format
-from autotool_fast.checkpoint import no_progress_bars, write_model
+from autotool_fast.checkpoint import write_model
 from autotool_fast.config import SftConfig, Stage, TrainConfig
 from autotool_fast.environment import SimulatorProblems
 from autotool_fast.errors import UserError, cannot_write
