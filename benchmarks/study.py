@@ -92,6 +92,7 @@ COLUMNS: tuple[tuple[str, Callable[[Sequence[Result]], str]], ...] = (
     ("thinks medium", lambda m: estimate([value(r, "eval.think_medium") for r in m]).text()),
     ("thinks easy", lambda m: estimate([value(r, "eval.think_easy") for r in m]).text()),
     ("accuracy hard, %", lambda m: estimate([value(r, "eval.acc_hard") for r in m]).text(1, 100)),
+    ("worst seed, %", lambda m: f"{100 * min(value(r, 'eval.acc_hard') for r in m):.1f}"),
     ("area under hard accuracy", lambda m: estimate([value(r, "acc_hard_area") for r in m]).text(3)),
     ("accuracy, %", lambda m: estimate([value(r, "eval.accuracy") for r in m]).text(1, 100)),
     ("tokens", lambda m: estimate([value(r, "eval.tokens") for r in m]).text(1)),
@@ -201,6 +202,7 @@ def summary(results: Sequence[Result]) -> str:
     groups = by_variant(results)
     starts = [start for start in STARTS if any(f"{start}/{arm}" in groups for arm in ARMS)]
     heads = [f"{start}: {column}" for start in starts for column in ("thinks hard / easy", "accuracy hard, %")]
+    heads[1] += ", worst seed"
     lines = [f"| arm | recovered, at step | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
     for arm in ARMS:
         cells = [recovered(groups.get(f"{starts[0]}/{arm}", []))]
@@ -208,7 +210,9 @@ def summary(results: Sequence[Result]) -> str:
             members = groups.get(f"{start}/{arm}", [])
             thinks = [estimate([value(r, f"eval.think_{band}") for r in members]).mean for band in ("hard", "easy")]
             cells.append(" / ".join(f"{rate:.2f}" for rate in thinks))
-            cells.append(estimate([value(r, "eval.acc_hard") for r in members]).text(0, 100))
+            accuracy = [value(r, "eval.acc_hard") for r in members]
+            worst = f", {100 * min(accuracy):.0f}" if start == starts[0] and accuracy else ""
+            cells.append(estimate(accuracy).text(0, 100) + worst)
         lines.append(f"| `{arm}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -223,38 +227,52 @@ def insert(document: Path, results: Sequence[Result]) -> None:
         files.write_text(document, f"{before}{begin}\n\n{summary(results)}\n\n{end}{after}")
 
 
-def _mean_curve(members: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(steps, mean, lowest, highest) over seeds."""
+def _curves(members: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [T], one curve a seed [seeds, T])."""
     curves = [np.array(r["curves"][name], float) for r in members]
     length = min(map(len, curves))
-    stacked = np.stack([curve[:length] for curve in curves])
     every = members[0]["steps"] / max(len(curves[0]), 1)
-    steps = np.arange(1, length + 1) * every
-    return steps, stacked.mean(0), stacked.min(0), stacked.max(0)
+    return np.arange(1, length + 1) * every, np.stack([curve[:length] for curve in curves])
 
 
 def plot_courses(results: Sequence[Result], path: Path) -> None:
-    """Thinking and accuracy on hard tasks over RL, by start and arm: mean over seeds, with their range."""
+    """Thinking on hard tasks over RL, a panel for each start and arm: every seed, their mean, and mean accuracy."""
     plt = _pyplot()
     groups = by_variant(results)
     starts = [s for s in STARTS if any(f"{s}/{arm}" in groups for arm in ARMS)]
     figure, axes = plt.subplots(
-        2, len(starts), figsize=(3.4 * len(starts) + 0.6, 5), squeeze=False, sharey="row", constrained_layout=True
+        len(starts),
+        len(ARMS),
+        figsize=(11, 2 * len(starts) + 0.5),
+        squeeze=False,
+        sharex="row",
+        sharey=True,
+        constrained_layout=True,
     )
-    for column, start in enumerate(starts):
-        for row, (name, label) in enumerate((("think_hard", "thinking rate, hard"), ("acc_hard", "accuracy, hard"))):
+    for row, start in enumerate(starts):
+        for column, arm in enumerate(ARMS):
             axis = axes[row, column]
-            for arm in ARMS:
-                if members := groups.get(f"{start}/{arm}"):
-                    steps, mean, low, high = _mean_curve(members, name)
-                    axis.plot(steps, mean, color=COLOURS[arm], linewidth=1.6, label=arm)
-                    axis.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.12, linewidth=0)
-            axis.set(ylim=(-0.02, 1.02), xlabel="RL step" if row else "", ylabel="" if column else label)
+            if members := groups.get(f"{start}/{arm}"):
+                steps, thinking = _curves(members, "think_hard")
+                _, accuracy = _curves(members, "acc_hard")
+                axis.plot(steps, thinking.T, color=COLOURS[arm], linewidth=0.8, alpha=0.45)
+                axis.plot(steps, thinking.mean(0), color=COLOURS[arm], linewidth=2.2)
+                axis.plot(steps, accuracy.mean(0), color="0.25", linewidth=1, linestyle=(0, (2, 2)))
+            axis.set(ylim=(-0.03, 1.03))
             axis.spines[["top", "right"]].set_visible(False)
-        axes[0, column].set_title(f"{start} start")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+            if row == 0:
+                axis.set_title(arm, color=COLOURS[arm], fontsize=11)
+        axes[row, 0].set_ylabel(f"{start} start")
+    grey = {"color": "0.45"}
+    handles = [
+        plt.Line2D([], [], **grey, linewidth=0.8, label="thinking rate on hard tasks, a seed"),
+        plt.Line2D([], [], **grey, linewidth=2.2, label="mean over seeds"),
+        plt.Line2D([], [], color="0.25", linewidth=1, linestyle=(0, (2, 2)), label="accuracy on hard tasks, mean"),
+    ]
+    for axis in axes[-1]:
+        axis.set_xlabel("RL step")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -281,7 +299,7 @@ def plot_frontier(results: Sequence[Result], path: Path) -> None:
     per_acu = float(np.median([q / value(r, "eval.acu") for q, r in zip(ratios, shown, strict=True)]))
     for acu in (10, 20, 30, 40, 60, 80):
         slope = acu * per_acu
-        if low < slope * right and min(ratios) / 1.3 < slope < 1.3 * max(ratios):
+        if low < slope * right and min(ratios) / 1.1 < slope < 1.1 * max(ratios):
             axis.plot([0, right], [0, slope * right], color="0.85", linewidth=0.8, zorder=0)
             x = min(right, high / slope)
             axis.annotate(f"ACU {acu}", (x, slope * x), fontsize=7, color="0.5", ha="center", va="bottom")

@@ -250,7 +250,20 @@ def test_the_summary_is_renewed_between_its_marks_alone(monkeypatch, tmp_path):
     assert "former" not in text
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| `")}
     assert set(rows) == {f"| `{arm}`" for arm in ARMS}
-    assert rows["| `decoupled`"] == "| `decoupled` | 0/2 " + 3 * "| 0.50 / 0.50 | 60 ± 0 " + "|"
+    others = 2 * "| 0.50 / 0.50 | 60 ± 0 "
+    assert rows["| `decoupled`"] == f"| `decoupled` | 0/2 | 0.50 / 0.50 | 60 ± 0, 60 {others}|"
     readme.write_text("no marks\n")
     call(monkeypatch, tmp_path, "--report-only")
     assert readme.read_text() == "no marks\n"
+
+
+def test_the_published_tables_are_those_of_the_results():
+    root = reproduce.RESULTS.parent.parent
+    saved = json.loads((reproduce.RESULTS / "reproduce.json").read_text(encoding="utf-8"))
+    results = list(saved["units"].values())
+    assert (root / "docs" / "study.md").read_text(encoding="utf-8") == study.document(results)
+    begin, end = study.MARKS
+    block = (root / "README.md").read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
+    assert block.strip() == study.summary([r for r in results if not r["changes"]])
+    main = [r for r in results if not r["changes"]]
+    assert {(r["start"], r["arm"], r["seed"]) for r in main} == {(u.start, u.arm, u.seed) for u in units(["main"])}
