@@ -1,9 +1,9 @@
 """Models and tokenizers of others: weights in safetensors, and no code of theirs that nobody asked for.
 
 Every model folder and hub name that a user may have downloaded is loaded here. transformers closes the ordinary ways to
-code, pickled weight files and modules beside the weights. Three more are closed here: a config may name kernels of the
-hub for attention and experts (not taken over: what computes is the trainer's choice), and a config or an index of
-weight files may name pickles (refused).
+code, pickled weight files and modules beside the weights. Four more are closed here: a config may name kernels of the
+hub for attention and experts (not taken over: what computes is the trainer's choice), a config or an index of
+weight files may name pickles (refused), and an adapter beside the config another model altogether (refused).
 
 Anything that is wrong with a folder is one exception, `Unusable`; which setting to blame is left to the callers.
 """
@@ -101,6 +101,7 @@ def read_model(source: str | Path, *, dtype: torch.dtype | str, local: bool, own
     """
     config = read_config(source, local=local, own_code=own_code)
     with _usable():
+        refuse_adapters(source, local=local)
         refuse_pickles(source, local=local, chosen=getattr(config, "transformers_weights", None))
         return AutoModelForCausalLM.from_pretrained(
             source,
@@ -120,6 +121,17 @@ def read_tokenizer(source: str | Path, *, local: bool, own_code: bool = False) -
     """
     with _usable():
         return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=own_code)
+
+
+def refuse_adapters(source: str | Path, *, local: bool) -> None:
+    """See to it that a model is not an adapter, for which transformers would load the model that the adapter names.
+
+    Raises:
+        ValueError: it is one.
+    """
+    with suppress(OSError):
+        if cached_file(str(source), "adapter_config.json", local_files_only=local):
+            raise ValueError("it is an adapter: give the model into which it is merged (a run's are in models/)")
 
 
 def refuse_pickles(source: str | Path, *, local: bool, chosen: Any = None) -> None:

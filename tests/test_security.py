@@ -174,6 +174,15 @@ def test_pickles_that_an_index_or_a_config_names_are_refused_unread(model, tmp_p
         checkpoint.load_weights(load_model(model))
 
 
+def test_a_folder_cannot_send_the_trainer_to_another_model(model, tmp_path):
+    other = copied(model, tmp_path / "other")
+    folder = copied(model, tmp_path / "own")
+    pointer = {"base_model_name_or_path": str(other), "peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(pointer))
+    with pytest.raises(UserError, match="it is an adapter: give the model into which it is merged"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_kernels_that_a_config_names_are_not_fetched(model, tmp_path, key):
     folder = copied(model, tmp_path / "own", **{key: "someone/kernel"})
