@@ -278,17 +278,20 @@ def test_sigterm_asks_for_a_stop_like_ctrl_c_and_has_its_own_exit_code(first, se
 
 
 def test_a_terminal_that_goes_away_asks_for_a_stop_however_often_it_says_so():
-    before = signal.getsignal(signal.SIGHUP)
-    stop = StopFlag()
-    with stop.installed(lambda text: None):
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)
-        with pytest.raises(Interrupted):
-            stop.check()
-        assert stop.exit_code == 129
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGHUP) is before
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        stop = StopFlag()
+        with stop.installed(lambda text: None):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(Interrupted):
+                stop.check()
+            assert stop.exit_code == 129
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_under_nohup_a_terminal_that_goes_away_is_no_news():
