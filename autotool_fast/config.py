@@ -91,7 +91,7 @@ class EnvironmentConfig(Section):
     """tools: address space of an episode's process, MiB, with what the file imports."""
     network: bool = False
     """tools: let them use the network."""
-    slow_call_s: float = number(10.0, above=0.0)
+    slow_call_s: float = number(2.0, above=0.0)
     """Seconds with nothing to do but wait for calls, after which progress names problems and tools."""
 
     def validate(self) -> None:

@@ -19,8 +19,8 @@ from autotool_fast.alarms import NAMES
 from autotool_fast.controller import ARMS
 
 Result = dict[str, Any]
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, 97.5 % quantile, for 1 to 9 degrees of freedom."""
+T_975 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t, 97.5 % quantile, for 2 to 9 degrees of freedom."""
 STARTS = ("cold", "noisy", "clean")
 COLOURS = {
     "none": "#b4532a",
@@ -32,7 +32,7 @@ COLOURS = {
 
 
 class Estimate(NamedTuple):
-    """Mean of n values, and the half-width of its 95 % confidence interval (NaN for one value)."""
+    """Mean of n values, and the half-width of its 95 % confidence interval (NaN for fewer than three)."""
 
     mean: float
     half: float
@@ -50,9 +50,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     """Mean and confidence interval of independent values; unknown ones (NaN) are left out."""
     values = [value for value in values if not math.isnan(value)]
     n = len(values)
-    if n < 2:
-        return Estimate(float(values[0]) if n else math.nan, math.nan, n)
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96
+    if n < 3:  # two values have an interval, twelve times their distance
+        return Estimate(float(np.mean(values)) if n else math.nan, math.nan, n)
+    t = T_975[n - 3] if n - 3 < len(T_975) else 1.96
     return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), n)
 
 
@@ -158,7 +158,7 @@ def document(results: Sequence[Result]) -> str:
         "",
         "Written by `python -m benchmarks.reproduce` from `benchmarks/results/reproduce.json`; what it means is in",
         "[results](results.md). A figure is the mean over seeds ± the half-width of its 95 % confidence interval",
-        "(Student's t). RL steps: "
+        "(Student's t); fewer than three seeds have none. RL steps: "
         + ", ".join(f"{start} {'/'.join(map(str, count))}" for start, count in steps.items() if count)
         + f". Made {dates[0]} to {dates[-1]} on {'; '.join(devices)}:",
         f"{len(results)} runs of one thread, {sum(r['steps'] for r in results):,} RL steps in "

@@ -218,7 +218,8 @@ def test_an_interval_is_students():
     assert study.estimate([0.5]).text() == "0.50"
     assert study.estimate([]).text() == "-"
     assert study.estimate([0.5, math.nan]).n == 1
-    assert study.estimate([0.123, 0.125]).text(1, 100) == "12.4 ± 1.3"
+    assert study.estimate([0.123, 0.125]).text(1, 100) == "12.4"
+    assert study.estimate([0.123, 0.124, 0.125]).text(1, 100) == "12.4 ± 0.2"
 
 
 def test_arms_are_compared_within_seeds():
@@ -250,8 +251,8 @@ def test_the_summary_is_renewed_between_its_marks_alone(monkeypatch, tmp_path):
     assert "former" not in text
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| `")}
     assert set(rows) == {f"| `{arm}`" for arm in ARMS}
-    others = 2 * "| 0.50 / 0.50 | 60 ± 0 "
-    assert rows["| `decoupled`"] == f"| `decoupled` | 0/2 | 0.50 / 0.50 | 60 ± 0, 60 {others}|"
+    others = 2 * "| 0.50 / 0.50 | 60 "
+    assert rows["| `decoupled`"] == f"| `decoupled` | 0/2 | 0.50 / 0.50 | 60, 60 {others}|"
     readme.write_text("no marks\n")
     call(monkeypatch, tmp_path, "--report-only")
     assert readme.read_text() == "no marks\n"
