@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from autotool_fast.errors import UserError
+from autotool_fast.errors import UserError, readers_may_leave
 
 _SOURCES = ("auto", "toolace", "xlam", "hermes", "rlla", "jsonl")
 
@@ -28,20 +27,18 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message, remedy=f"see {self.prog} --help")
 
 
+@readers_may_leave
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a user's error, 130 interrupted."""
     try:
         options = _parser().parse_args(argv)
         options.run(options)
-        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader had enough
     return 0
 
 

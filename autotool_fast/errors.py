@@ -1,10 +1,18 @@
 """Errors a user can fix, and the user's wish to stop.
 
 `UserError` carries what went wrong, where, and the remedy; the command line prints it as one line without a
-traceback and exits with code 2. Anything else that escapes is a bug and keeps its traceback.
+traceback and exits with code 2. Anything else that escapes is a bug and keeps its traceback. A reader who leaves before
+the output is over (`| head`) is no error.
 """
 
 from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -37,3 +45,31 @@ def cannot_write(error: Exception, where: object) -> UserError:
 
 class Interrupted(Exception):
     """The user pressed Ctrl-C, or the process was told to end, and the stage has saved what it had."""
+
+
+def readers_may_leave(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A command's `main` that ends quietly, with its own exit code or 0, when nobody reads its output any more."""
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        code = 0
+        try:
+            try:
+                code = main(argv)
+            finally:
+                if sys.stdout is not None:  # closed from the start
+                    sys.stdout.flush()
+        except BrokenPipeError:
+            if not _unread(sys.stdout):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        return code
+
+    return run
+
+
+def _unread(stream: TextIO) -> bool:
+    """Whether a stream leads into a pipe or terminal with nobody at its end."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -26,11 +26,12 @@ from pathlib import Path
 
 from autotool_fast import distributed
 from autotool_fast.config import TrainConfig, parse_args
-from autotool_fast.errors import UserError
+from autotool_fast.errors import UserError, readers_may_leave
 from autotool_fast.plan import check, describe
 from autotool_fast.runs import RunFolder
 
 
+@readers_may_leave
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer; returns the exit code: 0 done, 2 a user's error, 130, 143, 129: stopped by a signal."""
     config = None

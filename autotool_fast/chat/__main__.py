@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from autotool_fast.chat.formats import FORMAT_NAMES, FORMATS
 from autotool_fast.chat.reply import MODES
-from autotool_fast.errors import UserError
+from autotool_fast.errors import UserError, readers_may_leave
 
 WORLD = "world"
 
@@ -112,6 +112,7 @@ def read_tools(path: Path) -> list[dict]:
     return tools
 
 
+@readers_may_leave
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chat; returns the exit code."""
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from autotool_fast import schema
-from autotool_fast.errors import UserError
+from autotool_fast.errors import UserError, readers_may_leave
 
 if TYPE_CHECKING:
     from autotool_fast.eval.records import Benchmark, Policy
@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@readers_may_leave
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     try:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from autotool_fast.errors import UserError
+from autotool_fast.errors import UserError, readers_may_leave
 from autotool_fast.report import write_comparison, write_report
 
 
@@ -20,6 +20,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message, remedy=f"usage: {self.prog} RUN_DIR [RUN_DIR ...] [--out FILE]")
 
 
+@readers_may_leave
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; returns the exit code."""
     parser = _Parser(
