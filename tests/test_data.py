@@ -82,6 +82,18 @@ def test_prepare_then_audit(capsys, tmp_path):
     assert found["apibank_miniature"]["questions_identical"] == 1
 
 
+def test_a_prepared_set_without_held_out_records_can_be_audited_an_empty_download_cannot(capsys, tmp_path):
+    out = tmp_path / "set"
+    assert main(["prepare", str(DATA / "xlam"), "--out", str(out), "--test-share", "0"]) == 0
+    assert (out / "test.jsonl").read_bytes() == b""
+    capsys.readouterr()
+    assert main(["audit", str(out), "--benchmark", str(DATA / "benchmarks")]) == 0
+    assert " records\n" in capsys.readouterr().out
+    (out / "manifest.json").unlink()
+    assert main(["audit", str(out), "--benchmark", str(DATA / "benchmarks")]) == 2
+    assert "test.jsonl: is empty; download it again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

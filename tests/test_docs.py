@@ -207,7 +207,7 @@ def test_kernel_examples_run(document):
         "is_short": torch.tensor([0, 1]),
         "logits": torch.randn(2, 32),
         "seed": torch.tensor([1, 2]),
-        "step": torch.tensor([0, 0]),
+        "offset": torch.tensor([0, 0]),
     }
     exec(compile(example, document, "exec"), names)
     loss = names["loss"] if "loss" in names else names["out"].loss

@@ -56,6 +56,15 @@ def test_null_is_right_only_where_nothing_is_to_be_done(stand_in, tmp_path):
     assert all(row["correct"] for row in rows if row["category"] == "irrelevance")
 
 
+def test_a_category_whose_file_is_missing_is_named_with_the_way_to_get_it():
+    incomplete = Bfcl(STAND_INS / "bfcl", ("simple_javascript",), deadline_s=1.0)
+    try:
+        with pytest.raises(UserError, match=r"the data of simple_javascript cannot be read .*pip download"):
+            incomplete.tasks()
+    finally:
+        incomplete.close()
+
+
 @pytest.mark.skipif(PACKAGE is None, reason="AUTOTOOL_BFCL names no unzipped bfcl-eval")
 @pytest.mark.slow
 def test_the_package_s_own_answers_pass(tmp_path):

@@ -274,6 +274,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, parts, capsys, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert main(argv.split()) == 2
     error = capsys.readouterr().err
+    assert error.startswith("error: ")
     assert error.count("\n") == 1
     for part in parts:
         assert part in error

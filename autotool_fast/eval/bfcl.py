@@ -118,7 +118,7 @@ class Bfcl:
                 items = self.host.call("entries", category=category)
             except WorkerError as error:
                 problem = f"the data of {category} cannot be read ({error})"
-                raise UserError(problem, where=self._option) from None
+                raise UserError(problem, where=self._option, remedy=install(self._option)) from None
             result += [self._task(category, item) for item in items[:limit]]
         return result
 

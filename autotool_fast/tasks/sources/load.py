@@ -77,7 +77,7 @@ def find_inputs(path: Path, source: str = "auto") -> Found:
     )
     inputs, skipped = [], []
     for file in files:
-        if file.name in _NOT_DATA:
+        if file.name in _NOT_DATA or _prepared_without_records(file):
             continue
         name, reason = _recognise(file, "auto")
         if name is not None and source not in ("auto", name):
@@ -95,6 +95,12 @@ def find_inputs(path: Path, source: str = "auto") -> Found:
         tried = f" ({skipped[0][0].name} {skipped[0][1]})" if skipped else ""
         raise UserError(f"no file of this folder holds {wanted}{tried}", where=str(path), remedy=_WHERE[source])
     return Found(tuple(inputs), tuple(skipped))
+
+
+def _prepared_without_records(file: Path) -> bool:
+    """A part of a prepared set that got no record, as the held-out part of a small one: not a failed download."""
+    parts = ("sft.jsonl", "rl.jsonl", "test.jsonl")
+    return file.name in parts and file.stat().st_size == 0 and (file.parent / "manifest.json").is_file()
 
 
 def _hidden(path: Path) -> bool:
