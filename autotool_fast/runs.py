@@ -57,7 +57,7 @@ class RunFolder:
         """Make, replace or reopen the folder `config.out`, as `config.overwrite` and `config.resume` say.
 
         Raises:
-            UserError: the folder holds a run and neither flag is set; it holds something else; there is
+            UserError: the folder holds a run that has begun and neither flag is set; it holds something else; there is
                 nothing to resume, or the run has other settings; it is in use or cannot be written.
         """
         path = Path(config.out)
@@ -82,7 +82,7 @@ class RunFolder:
         if config.resume:
             _check_same_settings(config, read_config(self.path), self.path)
             return
-        if (self.path / "config.json").exists() and not config.overwrite:
+        if (self.path / "config.json").exists() and _begun(self.path) and not config.overwrite:
             remedy = "use --resume to continue it, --overwrite to replace it, or another --out"
             raise UserError("already holds a run", where=str(self.path), remedy=remedy)
         # config.json goes last, so that an interrupted removal can be repeated.
@@ -163,6 +163,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "none"
     return found
+
+
+def _begun(path: Path) -> bool:
+    """Whether a run has got further than its settings: one that could not load its model has not."""
+    return any(
+        entry.name != "config.json" and (entry.name != "metrics.jsonl" or entry.stat().st_size > 0)
+        for entry in _entries(path)
+    )
 
 
 def _entries(path: Path) -> list[Path]:

@@ -138,7 +138,7 @@ def test_the_first_run_guide_works_as_printed(tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, f"{line}\n{done.stderr[-1000:]}"
         written[line] = done.stdout

@@ -39,8 +39,21 @@ def test_an_empty_folder_is_accepted(tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
+def begin(path) -> None:
+    """A run that has written its first row."""
+    with RunFolder.create(settings(path)) as folder:
+        folder.metrics.write_text("{}\n")
+
+
+def test_a_run_that_could_not_begin_gives_way_to_the_next_start(tmp_path):
+    with RunFolder.create(settings(tmp_path)) as folder:
+        folder.metrics.touch()  # as when the model cannot be loaded
+    RunFolder.create(settings(tmp_path, seed=1)).close()
+    assert read_config(tmp_path).seed == 1
+
+
 def test_a_run_is_refused_without_resume_or_overwrite(tmp_path):
-    RunFolder.create(settings(tmp_path)).close()
+    begin(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     message = error_of(settings(tmp_path, seed=1))
     assert "--resume" in message
@@ -170,7 +183,7 @@ def test_a_second_process_is_refused_and_told_the_first(tmp_path):
 
 
 def test_a_refused_start_leaves_no_lock_behind(tmp_path):
-    RunFolder.create(settings(tmp_path)).close()
+    begin(tmp_path)
     error_of(settings(tmp_path))
     with RunFolder.create(settings(tmp_path, resume=True)) as folder:
         assert (folder.path / ".lock").read_text() == str(os.getpid())
