@@ -42,9 +42,12 @@ def check(config: TrainConfig) -> None:
     if config.data.path and not Path(config.data.path).is_dir():
         remedy = "write the folder with python -m autotool_fast.data prepare"
         raise UserError("is no folder", where=f"data.path ({config.data.path})", remedy=remedy)
-    if config.data.path and not (Path(config.data.path) / "sft.jsonl").is_file():
-        remedy = "write the folder with python -m autotool_fast.data prepare"
-        raise UserError("holds no sft.jsonl", where=f"data.path ({config.data.path})", remedy=remedy)
+    for part in ("sft", "rl", "test") if config.data.path else ():
+        file = Path(config.data.path) / f"{part}.jsonl"
+        if not file.is_file() or not file.stat().st_size:
+            problem = f"{file.name} is empty" if file.is_file() else f"holds no {file.name}"
+            remedy = "write the folder with python -m autotool_fast.data prepare, from enough data for all its parts"
+            raise UserError(problem, where=f"data.path ({config.data.path})", remedy=remedy)
     dialogues = config.environment.kind != "none" and config.rollout.max_turns < 2
     if dialogues:
         remedy = "raise it: every request of the user takes one reply and one for each round of calls"

@@ -139,7 +139,7 @@ class DataProblems:
                 left_out[reason] += 1
         if not tasks:
             why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the file is empty"
-            remedy = "prepare more data, or raise model.max_positions"
+            remedy = "prepare more data" + (", or raise model.max_positions" if left_out else "")
             raise UserError(f"no example can be used ({why})", where=str(path), remedy=remedy)
         return tasks
 

@@ -271,6 +271,7 @@ def test_a_preset_may_leave_the_model_to_the_command_line(tmp_path):
         (["--model", "/nonexist"], "model.path (/nonexist): is no folder and no hub name"),
         (["--model", "{tmp}"], "holds no config.json; give the folder of a whole Hugging Face model"),
         (["--model", "m", "--data", "{tmp}"], "holds no sft.jsonl; write the folder with"),
+        (["--model", "m", "--data", "{tmp}/untested"], "test.jsonl is empty; write the folder with"),
         (["--preset", "qwen2.5-7b", "--model.max-positions", "40000"], "is beyond the 32768 positions of the model"),
     ],
 )
@@ -278,6 +279,10 @@ def test_a_model_or_data_that_cannot_be_loaded_leaves_the_old_run_alone(tmp_path
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_text("{}")
+    untested = tmp_path / "untested"
+    untested.mkdir()
+    for part in ("sft", "rl", "test"):
+        (untested / f"{part}.jsonl").write_text("" if part == "test" else "{}\n")
     arguments = [option.replace("{tmp}", str(tmp_path)) for option in options]
     assert main([*arguments, "--out", str(out), "--overwrite", "--dry-run"]) == 2
     error = capsys.readouterr().err
