@@ -204,7 +204,10 @@ class Results:
         with self._lock:
             self.units[unit.key] = {**facts, "variant": unit.variant, **figures, "provenance": provenance()}
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(self.path, {"settings": self.fingerprint, "units": self.units})
+            # One unit a line: indented, its curves would be hundreds.
+            lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in self.units.items())
+            settings, rows = json.dumps(self.fingerprint), ",\n".join(lines)
+            files.write_text(self.path, f'{{"settings": {settings}, "units": {{\n{rows}\n}}}}\n')
 
 
 class Stopped(Exception):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from chat_models import QWEN25, make_tokenizer
 from eval_stand_ins import STAND_INS
+from lamp_data import corpus
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from autotool_fast.chat import chat_format
@@ -74,6 +75,13 @@ def small_model(vocabulary: int, hidden: int = 32, layers: int = 1, seed: int = 
         eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return Qwen2ForCausalLM(config)
+
+
+def write_lamp_model(folder: Path) -> None:
+    """A random Qwen2 of two layers, and a tokenizer that knows the lamps' words."""
+    tokenizer = make_tokenizer(QWEN25, corpus=[MODE_INSTRUCTION, *corpus()])
+    small_model(len(tokenizer), hidden=64, layers=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def write_model(folder: Path, environment: Path, steps: int) -> Path:

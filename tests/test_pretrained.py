@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from chat_models import LLAMA31, QWEN25, make_tokenizer
-from lamp_data import corpus, write_lamp_data
-from lamp_environment import small_model
+from lamp_data import write_lamp_data
+from lamp_environment import small_model, write_lamp_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from autotool_fast.chat import MODE_INSTRUCTION, chat_format
+from autotool_fast.chat import chat_format
 from autotool_fast.data import main as data_main
 from autotool_fast.metrics import read_rows
 from autotool_fast.rollout.engine import SlotEngine
@@ -193,9 +193,7 @@ def learnt(tmp_path_factory) -> Path:
     """A run whose warm-up is long enough for a small model to be right about half of the time."""
     folder = tmp_path_factory.mktemp("learnt")
     (folder / "raw").mkdir()
-    tokenizer = make_tokenizer(QWEN25, corpus=[MODE_INSTRUCTION, *corpus()])
-    small_model(len(tokenizer), hidden=64, layers=2).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    write_lamp_model(folder / "model")
     sizes = ["--sft", "22", "--rl", "12", "--test-share", "0.2"]
     assert data_main(["prepare", *write_lamp_data(folder / "raw"), "--out", str(folder / "data"), *sizes]) == 0
     (folder / "small.toml").write_text(LEARNING)

@@ -97,12 +97,18 @@ def test_the_share_of_easy_families_is_not_claimed_of_the_user_s_own_problems(tm
     assert "60%" not in tables.band_note(load_run(path))
 
 
-def test_what_was_not_asked_for_has_no_section_and_is_not_missed(tmp_path):
-    path = write_run(tmp_path / "run", rl_steps=0, evaluated=False, with_transcripts=False)
+def base_alone(folder: Path) -> Path:
+    """A run that has finished stage base and nothing else."""
+    path = write_run(folder, rl_steps=0, evaluated=False, with_transcripts=False)
     for name in ("label", "refine", "warmup", "distill"):
         (path / "stages" / f"{name}.json").unlink()
     rows = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (path / "metrics.jsonl").write_text("".join(row for row in rows if '"base"' in row))
+    return path
+
+
+def test_what_was_not_asked_for_has_no_section_and_is_not_missed(tmp_path):
+    path = base_alone(tmp_path / "run")
     edit_json(path / "config.json", lambda value: value["config"].update(stages=["base"]))
     page = Page(build(path))
     assert anchors(page) == ["sft", "time", "config"]
@@ -112,11 +118,7 @@ def test_what_was_not_asked_for_has_no_section_and_is_not_missed(tmp_path):
 
 
 def test_what_was_asked_for_and_has_not_come_yet_is_said(tmp_path):
-    path = write_run(tmp_path / "run", rl_steps=0, evaluated=False, with_transcripts=False)
-    for name in ("label", "refine", "warmup", "distill"):
-        (path / "stages" / f"{name}.json").unlink()
-    rows = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (path / "metrics.jsonl").write_text("".join(row for row in rows if '"base"' in row))
+    path = base_alone(tmp_path / "run")
     page = Page(build(path))
     assert anchors(page) == ["result", "rl", "sft", "data", "time", "transcripts", "config"]
     for text in ("No evaluation in auto mode", "no RL rows", "no loss of these stages yet", "has not finished"):

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_models import QWEN3, QWEN25, make_tokenizer
-from lamp_data import corpus, write_lamp_data
-from lamp_environment import small_model, write_environment
+from chat_models import QWEN3, make_tokenizer
+from lamp_data import write_lamp_data
+from lamp_environment import write_environment, write_lamp_model
 from test_faults_resume import continued, files_of
 from test_loop import rows
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from autotool_fast.chat import MODE_INSTRUCTION
 from autotool_fast.data import main as data_main
 from autotool_fast.train import main
 
@@ -92,9 +91,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
     (folder / "raw").mkdir()
     lamps = write_lamp_data(folder / "raw")
-    tokenizer = make_tokenizer(QWEN25, corpus=[MODE_INSTRUCTION, *corpus()])
-    small_model(len(tokenizer), hidden=64, layers=2).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    write_lamp_model(folder / "model")
     sizes = ["--sft", "22", "--rl", "12", "--test-share", "0.2"]
     assert data_main(["prepare", *lamps, "--out", str(folder / "lamps"), *sizes]) == 0
     reasons = [*lamps, str(REASONING), "--out", str(folder / "data"), "--max-rejects", "1"]
